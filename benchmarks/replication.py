@@ -359,6 +359,10 @@ def _main(args: argparse.Namespace, words: Sequence[str]) -> None:
     # Nothing is written by what only shows.
     with nullcontext() if args.table or args.forecast else alone(out):
         bench = Bench(plan, out, args.runs / ("quick" if args.quick else ""), args.jobs)
+        if (args.table and not out.is_file()) or out.is_dir():
+            raise PlanError(f"--out: got {out}, expected the file of a run; run the plan first")
+        if args.collect and not out.is_file() and not any(bench.runs.glob("sweeps/*/sweep.json")):
+            raise PlanError(f"--runs: there is no sweep in {bench.runs}; give the folder of a run")
         if args.table:
             # Made anew: the file may be of an earlier version of the tables.
             bench.result["tables"] = tables.make(bench.result, plan)
@@ -402,6 +406,20 @@ def _run(bench: Bench, args: argparse.Namespace, words: Sequence[str]) -> None:
         (quick if args.quick else Bench.go)(bench)
 
 
+def start_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {"command": result["command"], "commit": result.get("environment", {}).get("commit")}
+
+
+def changed_files(out: Path) -> list[str]:
+    """Tracked files that differ from the commit, but for the result; none where git cannot say."""
+    words = ["git", "-C", str(ROOT), "diff", "--name-only", "HEAD"]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return []
+    return [name for name in told.splitlines() if (ROOT / name).resolve() != out.resolve()]
+
+
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Keep the result from other benches, which would lose what this one writes. PlanError where
@@ -428,7 +446,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=f"the result; of --quick {QUICK}")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of worlds and sweeps")
     parser.add_argument("--jobs", type=whole(1, 4096), default=cores(), help="runs at a time")
-    parser.add_argument("--minutes", type=float, help="save and leave after so many")
+    parser.add_argument("--minutes", type=whole(1, 10**6), help="save and leave after so many")
     parser.add_argument("--remake", nargs="+", default=[], metavar="WORLD", help="drop its runs")
     parser.add_argument("--quick", action="store_true", help="the little plan, with bars")
     what = parser.add_mutually_exclusive_group()

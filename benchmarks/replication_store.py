@@ -50,7 +50,10 @@ def read(path: Path, plan: Plan) -> Result:
         return fresh | {"quick": True} if plan.quick else fresh
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        missing = next((key for key in fresh if key not in found), None)
+        # A key that is null, or of another kind, is none either.
+        kinds = {**fresh, "styles": {}, "starts": []}
+        kept = {"styles": {}, "starts": []} | (found if isinstance(found, dict) else {})
+        missing = next((k for k, v in kinds.items() if not isinstance(kept.get(k), type(v))), None)
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{path} cannot be read ({error}); bring it back, or remove it") from error
     if missing is not None:

@@ -27,8 +27,8 @@ from kernel_providers import head_case
 from vpgea_fast.kernels import cublas
 from vpgea_fast.kernels import linear_logprob as exps
 from vpgea_fast.kernels._tiling import INTERPRETED, Tile
-from vpgea_fast.kernels.chunked import add_matmul_, matmul
 from vpgea_fast.kernels.contract import Head
+from vpgea_fast.kernels.products import add_matmul_, matmul
 from vpgea_fast.metrics import Console, environment
 
 Tensor = torch.Tensor

@@ -33,7 +33,6 @@ is upcast 2 MiB at a time, dz rounded in place. On bfloat16 units: units.py.
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -42,11 +41,20 @@ import torch.nn.functional as F
 
 from vpgea_fast.kernels import units
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+from vpgea_fast.kernels.products import (
+    HALF,
+    add_gradients_,
+    matmul,
+    operand_of,
+    room_in_dweight,
+    settle_weight,
+    upcast_block,
+    weight_blocks,
+    weight_sink,
+)
 from vpgea_fast.kernels.shards import RowSums
 
 Tensor = torch.Tensor
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def default_chunk_bytes(device: torch.device, row_bytes: int = 0, dw_bytes: int = 1 << 40) -> int:
@@ -98,7 +106,13 @@ def head_pass(
         targets_K, own_K = shards.place(targets_K)
     # By the widest part of a head that is cut: every process must make the same chunks.
     step = chunk_rows(n_rows, widest, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
-    buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
+    alone = buffers == 1 and shards is None
+    room_CV = room_in_dweight(sinks, n_rows, accumulator) if alone else None
+    if room_CV is None:
+        buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
+    else:
+        step, buffers_BCV = n_rows, room_CV.unsqueeze(0)
+    in_place = shards is None and _all_in_place(hidden_TD, rows_K, sinks)
     upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, accumulator)
     smooth_K2 = None if upstream is None else upstream.smoothed(head.temperature, accumulator)
     unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
@@ -110,7 +124,8 @@ def head_pass(
     )
 
     def run(chunk: slice) -> Tensor:
-        hidden_CD = hidden_TD.index_select(0, rows_K[chunk]).to(operand)
+        rows_C: Any = chunk if in_place else rows_K[chunk]
+        hidden_CD = hidden_TD[chunk] if in_place else hidden_TD.index_select(0, rows_C).to(operand)
         targets_C1 = targets_K[chunk].unsqueeze(1)
         own_C1 = None if own_K is None else own_K[chunk].unsqueeze(1)
         # The last chunk may be shorter: views of the same buffers.
@@ -140,10 +155,9 @@ def head_pass(
             upstream_C3=upstream_K3[chunk],
             smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
         )
-        rows_C, bound_C = rows_K[chunk], upstream.skipped(made[:, 0], head.temperature, chunk)
-        if bound_C is not None:
+        if (bound_C := upstream.skipped(made[:, 0], head.temperature, chunk)) is not None:
             skipped.append(bound_C)
-            z_CV, hidden_CD, rows_C = without_skipped_(bound_C, z_CV, hidden_CD, rows_C)
+            z_CV, hidden_CD, rows_C = without_skipped_(bound_C, z_CV, hidden_CD, rows_K[chunk])
         add_(z_CV, hidden_CD, rows_C, begun=not sinks.fresh or chunk.start > 0)
         return made
 
@@ -152,6 +166,16 @@ def head_pass(
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
     return values._replace(skipped=torch.cat(skipped)) if skipped else values
+
+
+def _all_in_place(hidden_TD: Tensor, rows_K: Tensor, sinks: Sinks) -> bool:
+    """Whether a pass may read all rows where they are, and write dX where it belongs. Asked on a
+    CPU alone: CUDA's host would wait for the answer."""
+    tokens, dtype = hidden_TD.shape[0], hidden_TD.dtype
+    if rows_K.shape[0] != tokens or hidden_TD.device.type != "cpu" or dtype in HALF:
+        return False
+    same = sinks.hidden is None or sinks.hidden.dtype == dtype
+    return same and torch.equal(rows_K, torch.arange(tokens))
 
 
 def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any, ...]:
@@ -178,12 +202,6 @@ def _values(columns_K: Tensor, entropy: bool) -> Values:
     if more:
         more[0] = more[0].bool()
     return Values(logp_K, lse_K, entropy_K if entropy else None, *more)
-
-
-def operand_of(hidden_TD: Tensor) -> torch.dtype:
-    """Of the GEMMs: only CUDA has half-precision ones with fp32 out; elsewhere they are upcast."""
-    dtype = hidden_TD.dtype
-    return dtype if hidden_TD.is_cuda else torch.promote_types(dtype, torch.float32)
 
 
 def chunk_rows(
@@ -213,7 +231,7 @@ def put_logits_(
 ) -> None:
     """Rewrites z_CV as the logits of `chunk` of the rows that take part; tanh's slope beside it."""
     # Block after block of classes, each into its columns of the one buffer.
-    for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
+    for columns, weight_BD in weight_blocks(head.weight, upcast_BD):
         matmul(hidden_CD, weight_BD.T, z_CV.dtype, out=z_CV[:, columns])
     divisor = head.temperature
     head.logits_(z_CV, slope_CV, divisor[chunk, None] if isinstance(divisor, Tensor) else divisor)
@@ -230,118 +248,6 @@ def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
     bound_K = g_logp_K + g_lse_K + (math.log(vocabulary) + 1.0) * g_entropy_K
     # Clamped last: a subnormal unit is 0 where they are flushed, and 0 / 0 a NaN.
     return (bound_K.amax() / 2.0**14).clamp_min(torch.finfo(bound_K.dtype).tiny)
-
-
-def weight_sink(dweight_VD: Tensor | None, unit: Tensor | float) -> Tensor | None:
-    """What dW's GEMMs add to: the caller's sum; in fp16 zeros, which are in units until the end."""
-    # Without units dW's GEMMs add to the caller's sum itself.
-    if dweight_VD is None or not isinstance(unit, Tensor):
-        return dweight_VD
-    return torch.zeros_like(dweight_VD)
-
-
-def settle_weight(dweight_VD: Tensor | None, sink_VD: Tensor | None, unit: Tensor | float) -> None:
-    """Adds what was kept in units to the caller's sum, once, after the last chunk."""
-    if dweight_VD is not None and sink_VD is not None and sink_VD is not dweight_VD:
-        dweight_VD.add_(sink_VD.mul_(unit))
-
-
-def upcast_block(weight_VD: Tensor, operand: torch.dtype) -> Tensor | None:
-    """Memory for 2 MiB of the weight in the operands' dtype, one class at least; None where it has
-    that dtype."""
-    if weight_VD.dtype == operand:
-        return None
-    vocabulary, hidden = weight_VD.shape
-    classes = max(1, (2 << 20) // max(1, hidden * operand.itemsize))
-    return weight_VD.new_empty(min(vocabulary, classes), hidden, dtype=operand)
-
-
-def _weight_blocks(weight_VD: Tensor, upcast_BD: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """(columns of z, their rows of the weight in the operands' dtype): all at once, or upcast into
-    the one block, which stays in the cache: the time of a whole float32 copy, without its memory.
-    """
-    if upcast_BD is None:
-        yield slice(None), weight_VD
-        return
-    # One block for all: the next one would be made while the caller still holds the last.
-    for start in range(0, weight_VD.shape[0], upcast_BD.shape[0]):
-        columns = slice(start, start + upcast_BD.shape[0])
-        part_BD = weight_VD[columns]
-        yield columns, upcast_BD[: part_BD.shape[0]].copy_(part_BD)
-
-
-def _rounded_(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rewrites z_CV, contiguous, with the nearest values of `dtype`, 64 KiB of them at a time: they
-    stay in the cache, and a copy of the chunk would be half as much memory again."""
-    for part in z_CV.view(-1).split((64 << 10) // dtype.itemsize):
-        part.copy_(part.to(dtype))
-    return z_CV
-
-
-def add_gradients_(
-    z_CV: Tensor,
-    hidden_CD: Tensor,
-    rows_C: Tensor,
-    *,
-    head: Head,
-    sinks: Sinks,
-    sink_VD: Tensor | None,
-    unit: Tensor | float,
-    upcast_BD: Tensor | None,
-    begun: bool = True,
-) -> None:
-    """Puts a chunk's gradients into the sinks; z_CV is dz, and is rewritten. begun: dW exists."""
-    dtype, operand, accumulator = head.weight.dtype, hidden_CD.dtype, z_CV.dtype
-    if sinks.bias is not None:
-        # From the float32 dz, which is rounded for the GEMMs only.
-        sinks.bias.add_(z_CV.sum(0))
-    if isinstance(unit, Tensor):
-        z_CV.div_(unit)
-    # Rounded on a CPU all the same, so that it gives a GPU's gradients.
-    dz_CV = z_CV.to(dtype) if operand == dtype else _rounded_(z_CV, dtype)
-    work = dhidden_CD = None
-    if sinks.hidden is not None:
-        dhidden_CD = _dhidden(dz_CV, head, upcast_BD, accumulator).mul_(unit)
-        work = None if head.shards is None else head.shards.begin_sum(dhidden_CD)
-    if sink_VD is not None:
-        add_matmul_(sink_VD, dz_CV.T, hidden_CD, head.logit_scale, begun=begun)
-    if sinks.hidden is not None and dhidden_CD is not None:
-        if work is not None:
-            work.wait()  # the sum over processes ran beside the product for dW
-        sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
-
-
-def _dhidden(
-    dz_CV: Tensor, head: Head, upcast_BD: Tensor | None, accumulator: torch.dtype
-) -> Tensor:
-    """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
-    shape = (dz_CV.shape[0], head.weight.shape[1])
-    dhidden_CD = torch.zeros(shape, dtype=accumulator, device=dz_CV.device)
-    for columns, weight_BD in _weight_blocks(head.weight, upcast_BD):
-        add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale)
-    return dhidden_CD
-
-
-def matmul(
-    left: Tensor, right: Tensor, accumulator: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """left @ right in the accumulator's dtype: only CUDA has a half GEMM with fp32 out."""
-    # cuBLAS accumulates in float32 and would round its result: out_dtype keeps it.
-    if left.dtype != accumulator and left.is_cuda:
-        return torch.mm(left, right, out_dtype=accumulator, out=out)
-    return torch.mm(left.to(accumulator), right.to(accumulator), out=out)
-
-
-def add_matmul_(
-    total: Tensor, left: Tensor, right: Tensor, alpha: float, *, begun: bool = True
-) -> None:
-    """total += alpha left @ right, without a temporary of total's size; not `begun`: = instead."""
-    if left.dtype != total.dtype and left.is_cuda:
-        torch.addmm(total, left, right, alpha=alpha, out_dtype=total.dtype, out=total)
-        return
-    # In place by `out`: torch's FLOP counter knows addmm and not addmm_.
-    left, right = left.to(total.dtype), right.to(total.dtype)
-    torch.addmm(total, left, right, alpha=alpha, beta=1.0 if begun else 0.0, out=total)
 
 
 def _row_sums_(

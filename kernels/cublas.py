@@ -56,13 +56,8 @@ from vpgea_fast.kernels._tiling import (
     rounded_to,
 )
 from vpgea_fast.kernels.chunked import (
-    HALF,
-    add_matmul_,
     default_chunk_bytes,
-    matmul,
-    settle_weight,
     storage_unit,
-    weight_sink,
     without_skipped_,
 )
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
@@ -75,6 +70,7 @@ from vpgea_fast.kernels.linear_logprob import (
     new_stats,
     values,
 )
+from vpgea_fast.kernels.products import HALF, add_matmul_, matmul, settle_weight, weight_sink
 
 Tensor = torch.Tensor
 

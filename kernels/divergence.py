@@ -30,11 +30,8 @@ import torch
 from vpgea_fast.kernels.autograd_state import without_values
 from vpgea_fast.kernels.backends import chunk_budget
 from vpgea_fast.kernels.chunked import (
-    add_gradients_,
     chunk_rows,
-    operand_of,
     put_logits_,
-    upcast_block,
 )
 from vpgea_fast.kernels.contract import (
     INPUTS,
@@ -56,6 +53,7 @@ from vpgea_fast.kernels.head import (
     scaled,
 )
 from vpgea_fast.kernels.ops import one_pass_shapes, present, register, split
+from vpgea_fast.kernels.products import add_gradients_, operand_of, upcast_block
 from vpgea_fast.kernels.selection import accumulator, select
 
 Tensor = torch.Tensor

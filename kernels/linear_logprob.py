@@ -67,14 +67,11 @@ from vpgea_fast.kernels._tiling import (
     tile_for,
 )
 from vpgea_fast.kernels.chunked import (
-    add_matmul_,
     default_chunk_bytes,
-    matmul,
-    settle_weight,
-    weight_sink,
     without_skipped_,
 )
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+from vpgea_fast.kernels.products import add_matmul_, matmul, settle_weight, weight_sink
 
 Tensor = torch.Tensor
 

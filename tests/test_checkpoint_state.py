@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import zlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from vpgea_fast.checkpoint import (
     rng_state,
     save_checkpoint,
 )
+from vpgea_fast.checkpoint.state import write_own
 from vpgea_fast.config import ParallelConfig
 from vpgea_fast.distributed import open_world
 
@@ -341,3 +344,20 @@ def test_an_index_names_no_file_elsewhere(tmp_path):
     reindexed(path, pickle.dumps(index))
     with pytest.raises(CheckpointError, match=r"names the file '\.\./step_9.*lies elsewhere"):
         loaded_step(tmp_path)
+
+
+@pytest.mark.parametrize("first", [KeyboardInterrupt, None])
+def test_a_ctrl_c_in_the_zip_writer_is_no_full_disk(first, monkeypatch, tmp_path):
+    """The writer cannot close a file that is half written, and says what it says of a disk."""
+
+    def save(*_):
+        try:
+            if first:
+                raise first
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", save)
+    taken: Any = SimpleNamespace(own={})
+    with pytest.raises(first or OSError):
+        write_own(tmp_path / "own", taken)

@@ -168,7 +168,9 @@ def test_a_seed_makes_the_same_bytes_and_a_made_directory_is_left_as_it_is(
     assert (again / "test.jsonl").stat().st_mtime_ns == before
     assert f"{again / 'test.jsonl'}: 200 rows" in capsys.readouterr().out
     said = refused("make-problems", again, "--seed", "1")
-    assert f"{again} is there, and its sft.jsonl is not what seed 1 makes" in said
+    assert f"{again} is there, and its sft.jsonl is not what seed 1 makes without rows of" in said
+    (again / "train.jsonl").unlink()
+    assert f"{again} is there and has no train.jsonl; remove it" in refused("make-problems", again)
 
 
 def gsm8k(folder, *solutions):
@@ -179,7 +181,7 @@ def gsm8k(folder, *solutions):
     return file
 
 
-def test_rows_of_gsm8k_that_fit_join(tmp_path):
+def test_rows_of_gsm8k_that_fit_join(tmp_path, capsys):
     fits = "Ann has 48/2=<<48/2=24>>24 pens.\nIn all 24+48 = $<<24+48=72>>72.\n#### 72"
     file = gsm8k(
         tmp_path,
@@ -192,6 +194,8 @@ def test_rows_of_gsm8k_that_fit_join(tmp_path):
         f"She has {'very ' * 20}3*4=<<3*4=12>>12 pens.\n#### 12",
     )
     assert main(["make-problems", str(tmp_path / "out"), "--gsm8k", str(file)]) == 0
+    # Of 400: its test file would be short of them, too.
+    assert f"{file}: 1 rows fit, and GSM8K's training file has 400" in capsys.readouterr().err
     joined = [row for row in rows(tmp_path / "out/sft.jsonl") if row["kind"] == "gsm8k"]
     assert [(row["id"], row["answer"]) for row in joined] == [("gsm8k-train-1", "72")]
     assert sums(joined[0]["response"]) == [("48", "/", "2", "24"), ("24", "+", "48", "72")]
@@ -281,6 +285,7 @@ def test_make_smol_says_what_to_install_or_to_give(tmp_path, tiny_world, refused
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'vpgea_fast[gguf]'" in refused("make-smol", out, "--from", broken)
     assert not out.exists()
+    assert f"{broken} is a file" in refused("make-smol", broken / "a/b", "--from", broken)
     said = refused("make-smol", tiny_world.base_dir, "--from", broken)
     assert "is there already; remove it or choose another directory" in said
 

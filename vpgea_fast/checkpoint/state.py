@@ -16,7 +16,8 @@ state, and `load_state_dict`, which casts every state to its parameter's dtype.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -216,11 +217,9 @@ def write_shards(path: Path, taken: Snapshot) -> list[WriteResult]:
     """Write the shards of this process into `path`: DCP finds that name by itself."""
     # DCP joins the folder and a name of its plan; the protocol must mean the same file.
     assert path.parent == Path(taken.writer.path)
-    try:
+    with _disk_errors():
         plan = taken.planner.finish_plan(taken.planned.plan)
         return taken.writer.write_data(plan, taken.planner).wait()
-    except RuntimeError as error:  # how torch's zip writer reports a full disk
-        raise OSError(str(error)) from error
 
 
 def write_index(path: Path, taken: Snapshot, written: list[list[WriteResult]]) -> None:
@@ -238,9 +237,21 @@ def write_rollout(path: Path, taken: Snapshot) -> None:
 
 
 def _write_tree(path: Path, tree: Mapping[str, Any] | None) -> None:
-    try:
+    with _disk_errors():
         torch.save(tree, path)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """OSError for a RuntimeError, which is how torch's zip writer reports a full disk."""
+    try:
+        yield
     except RuntimeError as error:
+        # It says the same of a file that a second Ctrl-C has left half written.
+        cause: BaseException | None = error
+        while (cause := cause.__context__) is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
         raise OSError(str(error)) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vpgea_fast.cli.words import Commands, Parser, no_more, path, plain_logs, whole
+from vpgea_fast.cli.words import Commands, Parser, no_more, notice, path, plain_logs, whole
 
 
 def declare_make_smol(commands: Commands, common: Parser) -> None:
@@ -59,8 +59,14 @@ def declare_make_problems(commands: Commands, common: Parser) -> None:
 
 def run_make_problems(args: argparse.Namespace, overrides: list[str]) -> int:
     no_more(overrides)
-    from vpgea_fast.smol.problems import make_problems
+    from vpgea_fast.smol.problems import GSM8K_ROWS, ROWS, make_problems
 
-    for name, rows in make_problems(Path(args.out), seed=args.seed, gsm8k=args.gsm8k).items():
+    made = make_problems(Path(args.out), seed=args.seed, gsm8k=args.gsm8k)
+    for name, rows in made.items():
         print(f"{Path(args.out) / name}: {rows} rows")
+    if args.gsm8k and (joined := made["sft.jsonl"] - ROWS["sft"]) < GSM8K_ROWS:
+        notice(
+            f"{args.gsm8k}: {joined} rows fit, and GSM8K's training file has {GSM8K_ROWS}; the "
+            "test file is what smollm2 is evaluated on"
+        )
     return 0

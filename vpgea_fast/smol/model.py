@@ -42,6 +42,9 @@ def make_smol(out: Path, *, source: str = PACKAGE, dtype: Dtype = "float32") -> 
     if filled(out):
         raise SmolError(f"{out} is there already; remove it or choose another directory")
     gguf = _gguf_file(source)
+    # Before the model is read, which takes half a minute.
+    if not (place := next(path for path in out.absolute().parents if path.exists())).is_dir():
+        raise SmolError(f"cannot write {out}: {place} is a file; choose another directory")
     model, tokenizer = _read_gguf(gguf) if gguf else _read_directory(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     # All or nothing: a kill leaves no half of a model under its name.

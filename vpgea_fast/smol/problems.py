@@ -83,9 +83,14 @@ def make_problems(out: Path, *, seed: int = 0, gsm8k: str | None = None) -> dict
     if filled(out):
         for name, text in files.items():
             path = out / name
-            if not path.is_file() or path.read_bytes() != text.encode():
+            if not path.is_file():
                 raise SmolError(
-                    f"{out} is there, and its {name} is not what seed {seed} makes; "
+                    f"{out} is there and has no {name}; remove it or choose another directory"
+                )
+            if path.read_bytes() != text.encode():
+                given = f"with {gsm8k}" if gsm8k else "without rows of GSM8K"
+                raise SmolError(
+                    f"{out} is there, and its {name} is not what seed {seed} makes {given}; "
                     "remove it or choose another directory"
                 )
     else:
