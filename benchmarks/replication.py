@@ -361,7 +361,8 @@ def _main(args: argparse.Namespace, words: Sequence[str]) -> None:
         bench = Bench(plan, out, args.runs / ("quick" if args.quick else ""), args.jobs)
         if (args.table and not out.is_file()) or out.is_dir():
             raise PlanError(f"--out: got {out}, expected the file of a run; run the plan first")
-        if args.collect and not out.is_file() and not any(bench.runs.glob("sweeps/*/sweep.json")):
+        known = out.is_file() or any(bench.runs.glob("sweeps/*/sweep.json"))
+        if args.collect and not known:
             raise PlanError(f"--runs: there is no sweep in {bench.runs}; give the folder of a run")
         if args.table:
             # Made anew: the file may be of an earlier version of the tables.
@@ -404,20 +405,6 @@ def _run(bench: Bench, args: argparse.Namespace, words: Sequence[str]) -> None:
         after(bench)
     else:
         (quick if args.quick else Bench.go)(bench)
-
-
-def start_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {"command": result["command"], "commit": result.get("environment", {}).get("commit")}
-
-
-def changed_files(out: Path) -> list[str]:
-    """Tracked files that differ from the commit, but for the result; none where git cannot say."""
-    words = ["git", "-C", str(ROOT), "diff", "--name-only", "HEAD"]
-    try:
-        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return []
-    return [name for name in told.splitlines() if (ROOT / name).resolve() != out.resolve()]
 
 
 @contextmanager

@@ -155,9 +155,7 @@ def _one_prompt(stage: str, plan: Plan) -> set[str]:
 
 def _late(of: Mapping[str, Any]) -> str:
     """How many seeds, and by how much: a difference of noise alone is a coin flip."""
-    _, hinted = of["concise_draws"]
-    # Without a hint both sides are the student's view.
-    known = [f"{each:+.2f}" for each in of["late_difference"] if each is not None and hinted]
+    known = [f"{each:+.2f}" for each in of["late_difference"] if each is not None]
     return f"{of['prior_below']} of {of['seeds']} ({', '.join(known)})" if known else "-"
 
 

@@ -76,16 +76,6 @@ def styles(bench: Any, name: str, world: str, record: Of) -> dict[str, Any]:
     return {style: [len(own) / len(asked), fmean(own)] for style, own in sorted(right.items())}
 
 
-def check_right(out: Path, share: float, record: Of) -> None:
-    """StageError unless the model of a record, trained again, has as many answers right."""
-    kept = record["after"]["sampled"]["benchmarks"]["report"]["acc"]
-    if abs(share - kept) > 1e-6:
-        raise StageError(
-            f"{out}: got {share} of the answers right, expected {kept} of the record; remove the "
-            "run beside it, to train it anew"
-        )
-
-
 def style_of(question: str, thought: str) -> str:
     """Name the style of a thought by its words, as docs/tasks.md has them.
 

@@ -329,9 +329,7 @@ def test_a_verdict_is_of_whole_rows_and_tells_what_happened_to_them(plan, bench_
 
 def test_late_differences_are_shown_by_seed():
     of = {"late_difference": [-0.25, None, 1.5], "prior_below": 1, "seeds": 3}
-    of |= {"concise_draws": [0.5, 2.0]}
     assert pages._late(of) == "1 of 3 (-0.25, +1.50)"
-    assert pages._late(of | {"concise_draws": [0.5, 0.0]}) == "-"  # no path of it sees a hint
     assert pages._late(of | {"late_difference": [None]}) == "-"
 
 
@@ -766,35 +764,6 @@ def test_committed_rows_of_one_view_compare_no_lengths_and_means_name_lost_seeds
     assert pages._cell(lost).endswith("0 of 3 (1 forgot)")
     assert "(" not in pages._cell(lost | {"forgot": 0})
     assert pages._cell(lost | {"diverged": 2}).endswith("(2 diverged, 1 forgot)")
-
-
-@pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")
-@pytest.mark.parametrize(("folder", "world", "part"), [(f, w, p) for f, _, w, p in PLAN.folders()])
-def test_the_committed_sweeps_go_on_under_this_version(folder, world, part, tmp_path):
-    """Their record is of an older one, which lacked keys and had other defaults."""
-    store.restore(store.read(replication.RESULT, PLAN), folder, tmp_path, {})
-    place, report = replication.RUNS / "worlds" / world, part != "search"
-    pick, shown = ("few", "report") if report else ("pick", "few_report")
-
-    def now(*more):
-        words = PLAN.words_of(world, place, shown, greedy=report)
-        cfg = config.load(config.find(PLAN.config), [*words, *more])
-        order: Any = SimpleNamespace(
-            budget=f"tokens:{PLAN.budget}", select=str(place / f"{pick}.jsonl")
-        )
-        split: Any = SimpleNamespace(files={})
-        sweep.require_same_sweep(tmp_path / "sweep.json", sweep.identity(order, cfg, split))
-
-    now("--optim.lr=0.3", "--run.seed=7", "--run.dir=elsewhere")  # what runs differ in
-    for key, value in (
-        ("model.path", "another"),
-        ("model.dtype", "bfloat16"),
-        ("train.questions_per_step", "3"),
-        ("parallel.shard", "always"),
-        ("rollout.max_new_tokens", "9"),
-    ):
-        with pytest.raises(SweepError, match=f"holds another sweep: config.{key} is now"):
-            now(f"--{key}={value}")
 
 
 @pytest.mark.skipif(not replication.RESULT.exists(), reason="no result is committed yet")

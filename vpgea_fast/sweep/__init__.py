@@ -37,6 +37,7 @@ from vpgea_fast.sweep.plan import (
     cell,
     check,
     extended,
+    identity,
     metric_of,
     parse_grids,
     parse_method,
@@ -78,9 +79,6 @@ __all__ = [
     "run_sweep",
 ]
 
-BY_MEMORY = ("config.model.activation_checkpointing", "config.parallel.accumulate")
-"""Keys whose null leaves a choice to memory: see `estimate.choice`."""
-
 
 class Sweep:
     """One order under way: its grids, and what is known of them."""
@@ -121,7 +119,8 @@ class Sweep:
     def enter(self) -> None:
         """Make the folder this sweep's, or refuse it. Called with its lock held."""
         out, file = self.order.out, self.order.out / "sweep.json"
-        mine = identity(self.order, self.base, self.split)
+        # As the file gives it back: tuples come as lists, and keys as text.
+        mine = json.loads(json.dumps(identity(self.order, self.base, self.split)))
         if file.is_file():
             hold_sweep(file, mine)
         # The hidden ones are the locks, which are held by now.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vpgea_fast.config import Config, ConfigError, DataFile, load, one_line
+from vpgea_fast.config import Config, ConfigError, DataFile, as_dict, load, one_line
 from vpgea_fast.config.schema import records_at
 from vpgea_fast.data import load_questions
 from vpgea_fast.objectives import METHODS
@@ -438,3 +438,13 @@ def parse_rates(words: Sequence[str], option: str = "--rates") -> tuple[float, .
             raise SweepError(f"{option}: got {word!r}, expected numbers above 0, e.g. 5e-4 1e-3")
         rates.append(rate)
     return tuple(sorted(rates))
+
+
+def identity(order: Order, cfg: Config, split: Questions) -> dict[str, Any]:
+    """What a folder's runs have in common: another order may add methods, rates and seeds."""
+    # Where the folder lies is no part of it: a moved one goes on.
+    tree = as_dict(cfg)
+    tree["run"] = {k: v for k, v in tree["run"].items() if k not in ("dir", "seed")}
+    # Their number alone: the text is held against the files themselves.
+    texts = {path.name: text.count("\n") for path, text in split.files.items()}
+    return {"budget": order.budget, "select": order.select, "questions": texts, "config": tree}
