@@ -151,7 +151,8 @@ class VllmEngine(EngineBase):
         open_: dict[str, _Drawing] = {}
         try:
             for place, request in enumerate(requests):
-                self._add(str(place), request, sampling)
+                with self._told():
+                    self._add(str(place), request, sampling)
                 open_[str(place)] = _Drawing(request)
             while open_:
                 ended = self._step(open_, sampling)
@@ -206,15 +207,21 @@ class VllmEngine(EngineBase):
                     ended[name] = "error"
                     cut.append(name)
         if cut:
-            self.llm.llm_engine.abort_request(cut)
+            with self._told():
+                self.llm.llm_engine.abort_request(cut)
         return ended
 
     @contextmanager
     def _waiting(self, seconds: float) -> Iterator[None]:
         """Wait for the engine; RolloutError for a dead one. A child is killed after `seconds`."""
+        with self._told(), nullcontext() if self.guard is None else self.guard.waiting(seconds):
+            yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """RolloutError for a dead engine: it may die between two calls, and any of them says so."""
         try:
-            with nullcontext() if self.guard is None else self.guard.waiting(seconds):
-                yield
+            yield
         except Exception as error:
             if is_dead(error):
                 raise self._gone() from error
@@ -223,7 +230,8 @@ class VllmEngine(EngineBase):
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
         """Take unfinished paths out of the scheduler, if there still is one."""
         if open_ and self.alive:
-            self.llm.llm_engine.abort_request(list(open_))
+            with self._told():
+                self.llm.llm_engine.abort_request(list(open_))
 
     def _gone(self) -> RolloutError:
         """Note that the engine is lost, and make the error that says so."""
