@@ -33,6 +33,7 @@ is upcast 2 MiB at a time, dz rounded in place. On bfloat16 units: units.py.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -89,7 +90,7 @@ def head_pass(
     and put into the sinks. No host synchronisation; validates nothing: the public functions in
     vpgea_fast.losses do.
     """
-    dtype, device = hidden_TD.dtype, hidden_TD.device
+    dtype = hidden_TD.dtype
     accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
     vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
@@ -98,20 +99,14 @@ def head_pass(
     if n_rows == 0:  # no chunk, and so nothing to concatenate
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
-    # The logits themselves, tanh's slope, -e log e.
-    buffers = 1 + head.capped + needs_entropy
     widest, classes, own_K = vocabulary, vocabulary, None  # own_K: whose target is here; None: all
     if shards is not None:
         widest, classes = shards.widest, shards.classes
         targets_K, own_K = shards.place(targets_K)
     # By the widest part of a head that is cut: every process must make the same chunks.
-    step = chunk_rows(n_rows, widest, buffers, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
-    alone = buffers == 1 and shards is None
-    room_CV = room_in_dweight(sinks, n_rows, accumulator) if alone else None
-    if room_CV is None:
-        buffers_BCV = torch.empty(buffers, step, vocabulary, dtype=accumulator, device=device)
-    else:
-        step, buffers_BCV = n_rows, room_CV.unsqueeze(0)
+    rows_of = partial(chunk_rows, n_rows, widest, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
+    buffers_BCV = _buffers(rows_of, n_rows, head=head, sinks=sinks, entropy=needs_entropy)
+    step = buffers_BCV.shape[1]
     in_place = shards is None and _all_in_place(hidden_TD, rows_K, sinks)
     upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, accumulator)
     smooth_K2 = None if upstream is None else upstream.smoothed(head.temperature, accumulator)
@@ -166,6 +161,20 @@ def head_pass(
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
     return values._replace(skipped=torch.cat(skipped)) if skipped else values
+
+
+def _buffers(
+    rows_of: Callable[[int], int], rows: int, *, head: Head, sinks: Sinks, entropy: bool
+) -> Tensor:
+    """(1 to 3, C, V), which every chunk rewrites: the logits, tanh's slope, -e log e. The logits of
+    all rows lie in a fresh dW where they fit. rows_of: C for so many buffers."""
+    many, dtype = 1 + head.capped + entropy, torch.promote_types(head.weight.dtype, torch.float32)
+    # A head that is cut has sums over processes under way beside dW's product.
+    if many == 1 and head.shards is None:
+        room_CV = room_in_dweight(sinks, rows, dtype)
+        if room_CV is not None:
+            return room_CV.unsqueeze(0)
+    return head.weight.new_empty(many, rows_of(many), head.weight.shape[0], dtype=dtype)
 
 
 def _all_in_place(hidden_TD: Tensor, rows_K: Tensor, sinks: Sinks) -> bool:
