@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vpgea_fast.checkpoint import write_text
+from vpgea_fast.config import ConfigError
 from vpgea_fast.sweep.inputs import meaning
 from vpgea_fast.values import dotted
 
@@ -83,9 +84,15 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
     if digest(settings) == digest(known):
         return
-    old, new = (
-        dotted({**each, "config": meaning(each.get("config", {}))}) for each in (known, settings)
-    )
+    commit = bench.record.get("environment", {}).get("commit")
+    go_on = f"go on with commit {commit} and its options, or give a new --out and --runs"
+    try:
+        old, new = (
+            dotted({**each, "config": meaning(each.get("config", {}), str(bench.out))})
+            for each in (known, settings)
+        )
+    except ConfigError as error:
+        raise SystemExit(f"{error}; {go_on}") from error
     other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     # Of an earlier version, with the same meaning today.
     if not other:
@@ -98,8 +105,7 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
         )
     raise SystemExit(
         f"{bench.out} was begun with {key} {old.get(key)!r}, and this start has {new.get(key)!r}"
-        f"{f' ({len(more)} more differ)' if more else ''}; go on with commit "
-        f"{bench.record['environment']['commit']} and its options, or give a new --out and --runs"
+        f"{f' ({len(more)} more differ)' if more else ''}; {go_on}"
     )
 
 

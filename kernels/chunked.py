@@ -184,7 +184,7 @@ def _all_in_place(hidden_TD: Tensor, rows_K: Tensor, sinks: Sinks) -> bool:
     if rows_K.shape[0] != tokens or hidden_TD.device.type != "cpu" or dtype in HALF:
         return False
     same = sinks.hidden is None or sinks.hidden.dtype == dtype
-    return same and torch.equal(rows_K, torch.arange(tokens))
+    return same and torch.equal(rows_K, torch.arange(tokens, device=rows_K.device))
 
 
 def without_skipped_(bound_C: Tensor, x_CV: Tensor, *others_C: Any) -> tuple[Any, ...]:

@@ -7,8 +7,8 @@ memory that nobody reads. Where the logits of all rows fit into it, they lie the
     | dW = dz' X, of the classes before dz  | dz of the other classes |      C / D of dz, moved on
     | written                                   | dW, of the next ones  | dz |
 
-and so on, until what is left of dz is small enough for a copy. So a pass holds no more than its
-gradients, and writes dW once.
+and so on, until what is left of dz is small enough for a copy. So a float32 pass over all rows
+holds little more than its gradients, and writes dW once.
 """
 
 from collections.abc import Iterator
@@ -128,7 +128,7 @@ def add_gradients_(
     work = dhidden_CD = None
     if sinks.hidden is not None:
         in_place = isinstance(rows_C, slice)
-        dhidden_CD = sinks.hidden[rows_C] if in_place else torch.empty_like(hidden_CD, dtype=wide)
+        dhidden_CD = sinks.hidden[rows_C] if in_place else torch.zeros_like(hidden_CD, dtype=wide)
         _put_dhidden_(dhidden_CD, dz_CV, head, upcast_BD)
         if in_units:
             dhidden_CD.mul_(unit)

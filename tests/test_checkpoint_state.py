@@ -361,3 +361,16 @@ def test_a_ctrl_c_in_the_zip_writer_is_no_full_disk(first, monkeypatch, tmp_path
     taken: Any = SimpleNamespace(own={})
     with pytest.raises(first or OSError):
         write_own(tmp_path / "own", taken)
+
+
+def test_a_full_disk_is_one_in_a_callers_handler_of_ctrl_c(monkeypatch, tmp_path):
+    def save(*_):
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", save)
+    taken: Any = SimpleNamespace(own={})
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(OSError, match="unexpected pos"):
+            write_own(tmp_path / "own", taken)

@@ -123,3 +123,12 @@ def test_a_pass_with_room_holds_its_gradients_and_a_copy_alone(rows, monkeypatch
 
     gradients = 4 * 512 * (16384 + rows)
     assert gradients <= peak_bytes(Job(), torch.device("cpu")) < gradients + MIB
+
+
+def test_rows_are_read_in_place_whatever_the_default_device_is():
+    hidden_TD, weight_VD = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4)
+    targets_T, coef_T = torch.tensor([1, 2, 3, 0, 6]), torch.ones(5)
+    with torch.device("meta"):
+        out = weighted_logprob_loss(hidden_TD, weight_VD, targets_T, coef_T, backend="torch")
+    logp_TV = torch.log_softmax(hidden_TD @ weight_VD.T, dim=1)
+    torch.testing.assert_close(out.logp, logp_TV.gather(1, targets_T[:, None])[:, 0].detach())

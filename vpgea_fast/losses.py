@@ -75,7 +75,8 @@ class HeadOptions(TypedDict, total=False):
     rows (None): (R,) int64 without repeats: the only rows that may take part; the rest count as
         coefficient 0. Spares CUDA the host synchronisation that finds them. Two streams: indices
         into [posterior; prior], prior ones + T.
-    chunk_bytes (None): memory for the logits of one chunk (all backends but "reference"). None:
+    chunk_bytes (None): memory for the logits of one chunk (all backends but "reference"). On a CPU
+        those of few rows lie in a new dW, whatever it says. None:
         48 MiB or 256 rows, whichever is more (a dW of at most 16 MiB: 3 MiB or 96 rows); on CUDA
         up to 4 GiB and at most 1/8 of what is free at the first call of this head on this device,
         the only time the driver is asked. On CUDA 512 MiB for a head that is cut over processes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -66,10 +67,11 @@ class Stop:
         # A scheduler may send SIGTERM many times, and each finds the save still under way.
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.requested and self.tell is not None:
+        first, self.requested = not self.requested, True
+        if first and self.tell is not None:
             heard = f"{signal.Signals(number).name}: saves before it ends, which may take a step"
             if number == signal.SIGINT:
                 heard += "; a second Ctrl-C does not wait"
             # A handler may interrupt a print, and one thread cannot enter a stream twice.
-            threading.Thread(target=self.tell, args=(heard,)).start()
-        self.requested = True
+            with contextlib.suppress(RuntimeError):  # no thread is left
+                threading.Thread(target=self.tell, args=(heard,), daemon=True).start()

@@ -16,6 +16,7 @@ state, and `load_state_dict`, which casts every state to its parameter's dtype.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,12 +245,13 @@ def _write_tree(path: Path, tree: Mapping[str, Any] | None) -> None:
 @contextmanager
 def _disk_errors() -> Iterator[None]:
     """OSError for a RuntimeError, which is how torch's zip writer reports a full disk."""
+    handled = sys.exc_info()[1]  # a caller may save in its own `except`
     try:
         yield
     except RuntimeError as error:
         # It says the same of a file that a second Ctrl-C has left half written.
         cause: BaseException | None = error
-        while (cause := cause.__context__) is not None:
+        while (cause := cause.__context__) not in (None, handled):
             if isinstance(cause, KeyboardInterrupt):
                 raise cause from None
         raise OSError(str(error)) from error

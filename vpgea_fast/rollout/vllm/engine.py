@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,7 +230,8 @@ class VllmEngine(EngineBase):
     def _give_up(self, open_: dict[str, _Drawing]) -> None:
         """Take unfinished paths out of the scheduler, if there still is one."""
         if open_ and self.alive:
-            with self._told():
+            # The error on its way says more than that the engine has gone with it.
+            with suppress(RolloutError), self._told():
                 self.llm.llm_engine.abort_request(list(open_))
 
     def _gone(self) -> RolloutError:
