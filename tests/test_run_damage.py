@@ -94,6 +94,7 @@ def make_runs(world, folder, alien_model):
     }.items():
         words = ["train", str(TINY), "--run.dir", f"{folder}/{name}", *fixed, *more]
         assert attempt(words) == 0
+    assert attempt(["report", f"{folder}/run"]) == 0  # draws training.png, which is damaged too
     shutil.copytree(f"{folder}/run", f"{folder}/whole")
     assert attempt(resuming(f"{folder}/whole")) == 0
 
