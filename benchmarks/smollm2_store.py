@@ -2,6 +2,7 @@
 
 RUNS/record.id   the record that the folder belongs to
 record settings  all that a result hangs on, fixed by the first start
+record added     methods that came to the bench after that start, with their words
 record weights   digest of what a stage leaves, looked at before it is used
 RUNS/clock.json  seconds of each stage over all its starts
 """
@@ -53,13 +54,15 @@ class Bench:
 def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     """Write settings and id into the record, and the id into RUNS.
 
-    SystemExit, with nothing written, for a record of other settings or a folder of another record.
+    A method that the record lacks is `added` to it. SystemExit, with nothing written, for a record
+    of other settings or a folder of another record.
     """
     record, mine = bench.record, bench.runs / "record.id"
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
     fresh = "settings" not in record
+    added = {} if fresh else _added_methods(record, settings)
     if not fresh:
-        _check_settings(bench, settings)
+        _check_settings(bench, settings, added)
     if mine.is_file():
         if mine.read_text().strip() != record["id"]:
             raise SystemExit(
@@ -74,14 +77,26 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     if fresh:
         record |= {"settings": settings, "settings_sha256": digest(settings)}
         bench.save()
+    elif added:
+        record["added"] = added
+        bench.save()
     bench.runs.mkdir(parents=True, exist_ok=True)
     write_text(mine, record["id"] + "\n")
 
 
-def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> None:
+def _added_methods(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Methods that came after the record's first start: as an earlier start had them, or new."""
+    first = record["settings"].get("methods", {})
+    now = {k: words for k, words in settings.get("methods", {}).items() if k not in first}
+    return now | record.get("added", {})
+
+
+def _check_settings(bench: Bench, settings: Mapping[str, Any], added: Mapping[str, Any]) -> None:
     known = bench.record["settings"]
     if digest(known) != bench.record["settings_sha256"]:
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
+    if added:
+        known = {**known, "methods": {**known["methods"], **added}}
     if digest(settings) == digest(known):
         return
     commit = bench.record.get("environment", {}).get("commit")

@@ -36,9 +36,9 @@ ALL = [*smollm2.STAGES]
         (ALL, ALL, []),
         (ALL[:4], [], ALL[4:]),
         # What a later stage needs is made again, and nothing else.
-        (ALL[:-1], ["grpo"], ["grpo", "grpo_eval"]),
-        (ALL[:-1], ["model", "vpgea"], ["grpo_eval"]),
-        (ALL[:-2], ALL, ["model", "problems", "sft", "base", "grpo", "grpo_eval"]),
+        (ALL[:-1], ["grpo_eta"], ["grpo_eta", "grpo_eta_eval"]),
+        (ALL[:-1], ["model", "vpgea"], ["grpo_eta_eval"]),
+        (ALL[:-2], ALL, ["model", "problems", "sft", "base", "grpo_eta", "grpo_eta_eval"]),
         # A base that was taken out of the record, see `check`.
         (ALL[:2], ["sft"], ALL[2:]),
     ],
@@ -133,6 +133,23 @@ def test_another_setting_is_refused_by_its_name(tmp_path):
     bench.record["settings"]["config"]["optim"]["lr"] = 2.0
     bench.save()
     assert "settings_sha256" in refusal(store.begin, small_bench(tmp_path), {})
+
+
+def test_a_method_that_came_later_is_added_and_then_held(tmp_path):
+    bench, first = small_bench(tmp_path), {"vpgea": [], "grpo": ["--objective.name", "grpo"]}
+    store.begin(bench, {"methods": first})
+    with_eta = {"methods": first | {"grpo_eta": ["--objective.eps", "1e-3"]}}
+    store.begin(small_bench(tmp_path), with_eta)
+    kept = json.loads(bench.out.read_text())
+    assert kept["settings"] == {"methods": first}
+    assert kept["added"] == {"grpo_eta": ["--objective.eps", "1e-3"]}
+    store.begin(small_bench(tmp_path), with_eta)
+    other = {"methods": first | {"grpo_eta": ["--objective.eps", "1e-6"]}}
+    assert "was begun with methods.grpo_eta" in refusal(store.begin, small_bench(tmp_path), other)
+    # One that the first start had may not change by the way.
+    other = {"methods": with_eta["methods"] | {"grpo": []}}
+    assert "was begun with methods.grpo " in refusal(store.begin, small_bench(tmp_path), other)
+    assert json.loads(bench.out.read_text()) == kept
 
 
 def test_the_settings_hold_what_a_result_hangs_on(tmp_path):
@@ -341,7 +358,7 @@ def test_the_file_alone_says_what_is_known_and_makes_nothing(tmp_path, capsys):
     ended = {"wall_s": 90.0, "cpu_s": 150.0}
     bench = small_bench(tmp_path)
     bench.record["stages"] = dict.fromkeys(ALL, ended)
-    bench.record["stages"]["grpo_eval"] = ended | {"problems, greedy": found}
+    bench.record["stages"][ALL[-1]] = ended | {"problems, greedy": found}
     bench.save()
     text = bench.out.read_text()
     # As a checkout has it: no folder of a run.
@@ -377,13 +394,13 @@ def test_all_stages_in_small_and_a_second_start_makes_nothing(
     assert [*stages] == ALL
     # Of one step: it was trained again, as a base that is weak.
     assert stages["check"]["sft_steps"] == 400
-    assert [*json.loads(text)["verdict"]] == ["vpgea", "grpo"]
+    assert [*json.loads(text)["verdict"]] == ["vpgea", "grpo", "grpo_eta"]
     assert bench.out.with_suffix(".png").stat().st_size > 10_000
-    for name in ("sft", "vpgea", "grpo"):
+    for name in ("sft", *smollm2.METHODS):
         assert (stages[name]["steps"], len(stages[name]["curve"])) == (1, 1)
         assert (stages[name]["sampled_tokens"] == 0) == (name == "sft")
     base = stages["base"]["problems, greedy"]
-    for name in ("vpgea_eval", "grpo_eval"):
+    for name in ("vpgea_eval", "grpo_eval", "grpo_eta_eval"):
         found = stages[name]["problems, greedy"]
         change = found["change"]["tokens"]["value"]
         assert change == pytest.approx(found["tokens"] / base["tokens"] - 1)
