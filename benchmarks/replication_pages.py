@@ -115,7 +115,8 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
     headers += ["late, student - teacher"]
     base, lines, alike = mine["base"], [], _one_prompt(stage, plan)
     greedy = f"{100 * base['greedy_acc']:.1f}" if "greedy_acc" in base else "-"
-    cells = ["base", "-", f"{100 * base['acc']:.1f}", "-", "-", f"{base['tokens']:.1f}", "-"]
+    cells = ["base", "-", f"{100 * base['acc']:.1f}", "-", _questions(base)]
+    cells += [f"{base['tokens']:.1f}", "-"]
     lines.append([*cells, f"{base['eps3']:.0f}", "-", greedy, "-", "-", "-", "-"])
     for name, of in mine.items():
         if name == "base":
@@ -126,9 +127,7 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
         if "acc" not in of:
             lines.append([*cells, "diverged", *["-"] * 11])
             continue
-        asked = of.get("acc_questions")
-        cells += [f"{100 * of['acc']:.1f}", _range(of, "acc", 100, 1)]
-        cells.append(f"{100 * asked[0]:.1f} to {100 * asked[1]:.1f}" if asked else "-")
+        cells += [f"{100 * of['acc']:.1f}", _range(of, "acc", 100, 1), _questions(of)]
         cells += [f"{of['tokens']:.1f}", _range(of, "tokens", 1, 1)]
         cells += [f"{of['eps3']:.0f}", _range(of, "eps3", 1, 0)]
         cells.append(f"{100 * of['greedy_acc']:.1f}" if "greedy_acc" in of else "-")
@@ -144,6 +143,12 @@ def _reported(stage: str, world: str, mine: Mapping[str, Any], plan: Plan) -> st
     notes += f" *: {LATER}" * any(of.get("exploratory") for of in mine.values())
     short = f"short: at most {plan.short(world):g} tokens at the base's accuracy less one point."
     return grid(f"{stage}, {world}", headers, lines) + f"{notes} {short}"
+
+
+def _questions(of: Mapping[str, Any]) -> str:
+    """The interval over questions, in %."""
+    asked = of.get("acc_questions")
+    return f"{100 * asked[0]:.1f} to {100 * asked[1]:.1f}" if asked else "-"
 
 
 def _one_prompt(stage: str, plan: Plan) -> set[str]:

@@ -98,6 +98,9 @@ def reported(result: Result, plan: Plan, folder: str) -> dict[str, Any]:
         if mode in runs[0]["before"]
         for key in ("acc", "tokens", "eps3")
     }
+    base = runs[0]["before"]["sampled"]["benchmarks"][name]
+    if "acc_low" in base:
+        found["base"]["acc_questions"] = [base["acc_low"], base["acc_high"]]
     return found
 
 
