@@ -54,8 +54,8 @@ class Bench:
 def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     """Write settings and id into the record, and the id into RUNS.
 
-    A method that the record lacks is `added` to it. SystemExit, with nothing written, for a record
-    of other settings or a folder of another record.
+    A method that the record lacks is `added` to it, and one that this version lacks stays there.
+    SystemExit, with nothing written, for a record of other settings or a folder of another record.
     """
     record, mine = bench.record, bench.runs / "record.id"
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
@@ -95,8 +95,9 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any], added: Mapping[st
     known = bench.record["settings"]
     if digest(known) != bench.record["settings_sha256"]:
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
-    if added:
-        known = {**known, "methods": {**known["methods"], **added}}
+    if (methods := settings.get("methods")) is not None and "methods" in known:
+        both = {**known["methods"], **added}
+        known = {**known, "methods": {k: words for k, words in both.items() if k in methods}}
     if digest(settings) == digest(known):
         return
     commit = bench.record.get("environment", {}).get("commit")

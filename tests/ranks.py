@@ -129,6 +129,8 @@ class Program:
     def __init__(self, *words: str | Path, cwd: Path | None = None, strict: bool = False) -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="program-"))
         self._out, self._err = self._scratch / "out", self._scratch / "err"
+        for file in (self._out, self._err):
+            file.touch()  # one that is killed before it begins has written nothing
         how = ([*map(str, words)], str(cwd or Path.cwd()), dict(os.environ), strict)
         self._process = SERVER.Process(target=_program, args=(*how, self._out, self._err))
         self._process.start()

@@ -272,7 +272,8 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
         "backward": {
             **held,
             "activations": (layers * kept + inner) * tokens,
-            "units": pair + down + waiting + max(0, block * r - kept * tokens),
+            # What the block before is summed in waits for the next sum, where there are peers.
+            "units": pair + down + waiting + max(0, block * r - kept * tokens) * flat,
         },
         "reduction": {**held, "units": reduction},
         "embedding": {"gradients": gradients["training"], "units": head_stays + dense},
