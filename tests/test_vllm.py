@@ -528,10 +528,38 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(start, tmp_path, victi
         said = run.end_by(killed + 60)
     if victim != "trainer":
         assert run.returncode == 2
-        assert "the vLLM engine's process is gone" in said
+        assert "the vLLM engine's process is gone" in said, said
     check_saved(
         tmp_path / "run", 1
     )  # the second line of metrics.jsonl comes before the second save
+
+
+def test_a_dead_child_is_the_reason_whatever_vllm_raises(make_engine, monkeypatch):
+    """vLLM clears up in a thread of its own: a call may meet its sockets closed."""
+    engine, _ = make_engine(VllmEngineConfig(kv_cache_gib=0.125, process="own"))
+
+    def closed(*_args, **_kwargs):
+        raise OSError("not a socket")
+
+    core = engine.llm.llm_engine
+    end, sampling = core.engine_core.shutdown, Sampling(4, think_close_id=3, eos_ids=(1,))
+
+    def end_badly(**how):
+        end(**how)
+        closed()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(core, "step", closed)
+        with pytest.raises(OSError, match="not a socket"):
+            engine.generate(requests(), sampling)  # while it lives, the error is what it is
+    os.kill(engine.guard.engine, signal.SIGKILL)
+    while engine.guard.engine_runs():
+        time.sleep(0.01)
+    monkeypatch.setattr(core, "add_request", closed)
+    with pytest.raises(RolloutError, match="engine's process is gone"):
+        engine.generate(requests(), sampling)
+    monkeypatch.setattr(core.engine_core, "shutdown", end_badly)
+    engine.close()
 
 
 def test_a_signal_to_every_process_of_a_job_is_answered_by_the_trainer(start, tmp_path):

@@ -219,11 +219,15 @@ class VllmEngine(EngineBase):
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """RolloutError for a dead engine: it may die between two calls, and any of them says so."""
+        """RolloutError for a dead engine: it may die between two calls, and any of them says so.
+
+        Where vLLM clears up behind a dead child in a thread of its own, a call may meet a socket
+        that is closed: whatever it raises then, the child's death is the reason.
+        """
         try:
             yield
         except Exception as error:
-            if is_dead(error):
+            if is_dead(error) or (self.guard is not None and not self.guard.engine_runs()):
                 raise self._gone() from error
             raise
 
@@ -309,7 +313,9 @@ class VllmEngine(EngineBase):
             return
         core = llm.llm_engine.engine_core
         if self.cfg.process == "own" or not self.shares_group:
-            core.shutdown(timeout=CLOSE_SECONDS)
+            # Of a dead child the error on its way says more than what its end may raise.
+            with nullcontext() if self.alive else suppress(Exception):
+                core.shutdown(timeout=CLOSE_SECONDS)
             return
         # vLLM 0.32's own shutdown, which its finalizer calls too, destroys the default process
         # group, which is the trainer's. So its parts are shut down one by one.

@@ -138,13 +138,17 @@ class Guard(threading.Thread):
         finally:
             self.until = math.inf
 
+    def engine_runs(self) -> bool:
+        """Tell whether the engine's process runs, or is stopped."""
+        return _runs(self.engine)
+
     def run(self) -> None:
         from vllm.v1.engine.exceptions import (  # pyright: ignore[reportMissingImports]
             EngineDeadError,
         )
 
         # By /proc: `waitpid` would take the child's exit status away from multiprocessing.
-        while _runs(self.engine):
+        while self.engine_runs():
             time.sleep(0.5)
             if time.monotonic() > self.until:
                 with suppress(ProcessLookupError):
