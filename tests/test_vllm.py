@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -536,28 +538,28 @@ def test_a_killed_process_ends_the_job_and_leaves_nothing(start, tmp_path, victi
 
 def test_a_dead_child_is_the_reason_whatever_vllm_raises(make_engine, monkeypatch):
     """vLLM clears up in a thread of its own: a call may meet its sockets closed."""
-    engine, _ = make_engine(VllmEngineConfig(kv_cache_gib=0.125, process="own"))
+    engine, _ = make_engine()
+    core, sampling = engine.llm.llm_engine, Sampling(4, think_close_id=3, eos_ids=(1,))
+    end, runs = core.engine_core.shutdown, [True]
 
     def closed(*_args, **_kwargs):
         raise OSError("not a socket")
-
-    core = engine.llm.llm_engine
-    end, sampling = core.engine_core.shutdown, Sampling(4, think_close_id=3, eos_ids=(1,))
 
     def end_badly(**how):
         end(**how)
         closed()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(core, "step", closed)
-        with pytest.raises(OSError, match="not a socket"):
-            engine.generate(requests(), sampling)  # while it lives, the error is what it is
-    os.kill(engine.guard.engine, signal.SIGKILL)
-    while engine.guard.engine_runs():
-        time.sleep(0.01)
-    monkeypatch.setattr(core, "add_request", closed)
-    with pytest.raises(RolloutError, match="engine's process is gone"):
-        engine.generate(requests(), sampling)
+    # What watches a child; vLLM has made none in this process.
+    engine.guard = SimpleNamespace(engine_runs=lambda: runs[0], waiting=lambda _: nullcontext())
+    for call in ("step", "add_request"):
+        runs[0] = engine.complete = engine.alive = True
+        with monkeypatch.context() as patched:
+            patched.setattr(core, call, closed)
+            with pytest.raises(OSError, match="not a socket"):
+                engine.generate(requests(), sampling)  # of one that lives
+            runs[0] = False
+            with pytest.raises(RolloutError, match="engine's process is gone"):
+                engine.generate(requests(), sampling)
     monkeypatch.setattr(core.engine_core, "shutdown", end_badly)
     engine.close()
 
