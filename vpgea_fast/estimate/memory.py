@@ -258,7 +258,12 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
     down = shape.mlp * shape.hidden * s * (lay.sharded or lay.widened)
     # A gradient in the forward's dtype, and in float32 to be added to the sum.
     down += shape.mlp * shape.hidden * r * lay.widened
-    reduction = max(pair + block * (s + r) + waiting, 2 * head * r)
+    later, summed = waiting, pair + block * (s + r)
+    if lay.sharded and not flat:
+        # Without a peer dW is in the gradients once the head has ended, and its copy alone waits;
+        # a block's sum is divided into a third buffer.
+        later, summed = head * s, 3 * block * r
+    reduction = max(summed + later, 2 * head * r)
     dense = embedding * s + (embedding * r + 2 * embedding * r // lay.shards) * lay.sharded
     dense += embedding * r * lay.widened
     # A CPU adds up in float32: all rows, and those of each id.
@@ -272,8 +277,7 @@ def _training(lay: Layout, gradients: Mapping[str, int]) -> dict[str, dict[str, 
         "backward": {
             **held,
             "activations": (layers * kept + inner) * tokens,
-            # What the block before is summed in waits for the next sum, where there are peers.
-            "units": pair + down + waiting + max(0, block * r - kept * tokens) * flat,
+            "units": pair + down + later + max(0, block * r - kept * tokens),
         },
         "reduction": {**held, "units": reduction},
         "embedding": {"gradients": gradients["training"], "units": head_stays + dense},
