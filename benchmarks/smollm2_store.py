@@ -60,6 +60,9 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     record, mine = bench.record, bench.runs / "record.id"
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
     fresh = "settings" not in record
+    for key in ("settings", "added"):
+        if not isinstance(record.get(key, {}), dict):
+            raise SystemExit(f"{bench.out}: its {key} is no mapping; restore the file")
     added = {} if fresh else _added_methods(record, settings)
     if not fresh:
         _check_settings(bench, settings, added)
@@ -93,7 +96,7 @@ def _added_methods(record: Mapping[str, Any], settings: Mapping[str, Any]) -> di
 
 def _check_settings(bench: Bench, settings: Mapping[str, Any], added: Mapping[str, Any]) -> None:
     known = bench.record["settings"]
-    if digest(known) != bench.record["settings_sha256"]:
+    if digest(known) != bench.record.get("settings_sha256"):
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
     if (methods := settings.get("methods")) is not None and "methods" in known:
         both = {**known["methods"], **added}

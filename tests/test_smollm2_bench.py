@@ -152,6 +152,10 @@ def test_methods_come_and_go_between_versions_and_none_changes(tmp_path):
     # Of a later version of the bench: what it no longer makes stays in the record.
     store.begin(small_bench(tmp_path), {"methods": {"grpo_eta": ["--objective.eps", "1e-3"]}})
     assert json.loads(bench.out.read_text()) == kept
+    damaged = small_bench(tmp_path)
+    for key, said in (("added", "added is no map"), ("settings", "settings is no map")):
+        damaged.record[key] = None
+        assert said in refusal(store.begin, damaged, with_eta)
 
 
 def test_the_settings_hold_what_a_result_hangs_on(tmp_path):
