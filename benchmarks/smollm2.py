@@ -60,7 +60,7 @@ SFT = ["--objective.name", "sft", "--data.response_key", "response", "--optim.lr
 SFT += ["--optim.schedule", "linear", "--train.questions_per_step", "6"]
 SFT += ["--checkpoint.save_every", "25"]
 BUDGET = ["--train.max_tokens", str(TOKENS), "--train.steps", "120"]
-# GRPO + eta is the replication's: with the keys that preset robust gives to VPG-EA.
+# GRPO + eta has the four keys of the replication's that preset robust gives to VPG-EA.
 METHODS = {"vpgea": [], "grpo_eta": ["--objective.name", "grpo", "--objective.group_size", "8"]}
 METHODS["grpo_eta"] += ["--objective.alpha", "0.5", "--objective.norm", "seq_sum"]
 METHODS["grpo_eta"] += ["--objective.eta_clip", "[0.25, 4.0]", "--objective.std_gate", "0.05"]
