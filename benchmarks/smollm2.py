@@ -67,8 +67,8 @@ METHODS["grpo_eta"] += ["--objective.eta_clip", "[0.25, 4.0]", "--objective.std_
 METHODS["grpo_eta"] += ["--objective.eps", "1e-3", "--objective.trains", "thought"]
 TUNED = (
     "exploratory: after the first plan's result, and by VPG-EA's curve, the rate of all methods "
-    "went from 5e-5 to 1.5e-5; no other setting of them; one seed; machine, dtype and code are not "
-    "the first plan's"
+    "went from 5e-5 to 1.5e-5, and GRPO got the keys of GRPO + eta; one seed; machine, dtype and "
+    "code are not the first plan's"
 )
 GSM8K = ["--eval.samples", "0", "--eval.limit", "50"]
 """Greedy alone: a model of this size solves few of them."""

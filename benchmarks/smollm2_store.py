@@ -63,9 +63,7 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     for key in ("settings", "added"):
         if not isinstance(record.get(key, {}), dict):
             raise SystemExit(f"{bench.out}: its {key} is no mapping; restore the file")
-    added = {} if fresh else _added_methods(record, settings)
-    if not fresh:
-        _check_settings(bench, settings, added)
+    added = {} if fresh else _check_settings(bench, settings)
     if mine.is_file():
         if mine.read_text().strip() != record["id"]:
             raise SystemExit(
@@ -87,22 +85,24 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     write_text(mine, record["id"] + "\n")
 
 
-def _added_methods(record: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Methods that came after the record's first start: as an earlier start had them, or new."""
-    first = record["settings"].get("methods", {})
-    now = {k: words for k, words in settings.get("methods", {}).items() if k not in first}
-    return now | record.get("added", {})
-
-
-def _check_settings(bench: Bench, settings: Mapping[str, Any], added: Mapping[str, Any]) -> None:
-    known = bench.record["settings"]
+def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hold the settings to the record's. Return the methods that came after its first start: as
+    an earlier start had them, or new."""
+    known, methods = bench.record["settings"], settings.get("methods", {})
     if digest(known) != bench.record.get("settings_sha256"):
         raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
-    if (methods := settings.get("methods")) is not None and "methods" in known:
-        both = {**known["methods"], **added}
+    first, kept = known.get("methods", {}), bench.record.get("added", {})
+    new = {name: words for name, words in methods.items() if name not in {**first, **kept}}
+    if made := [name for name in new if name in bench.record["stages"]]:
+        raise SystemExit(
+            f"{bench.out}: it has {made[0]}, and not the words of that method; restore the file"
+        )
+    added = {**new, **kept}
+    if "methods" in known:
+        both = {**added, **first}
         known = {**known, "methods": {k: words for k, words in both.items() if k in methods}}
     if digest(settings) == digest(known):
-        return
+        return added
     commit = bench.record.get("environment", {}).get("commit")
     go_on = f"go on with commit {commit} and its options, or give a new --out and --runs"
     try:
@@ -115,7 +115,7 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any], added: Mapping[st
     other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     # Of an earlier version, with the same meaning today.
     if not other:
-        return
+        return added
     key, *more = other
     if key.startswith("gsm8k"):
         raise SystemExit(

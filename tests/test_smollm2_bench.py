@@ -5,10 +5,12 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -149,13 +151,34 @@ def test_methods_come_and_go_between_versions_and_none_changes(tmp_path):
     # One that the first start had may not change by the way.
     other = {"methods": with_eta["methods"] | {"grpo": []}}
     assert "was begun with methods.grpo " in refusal(store.begin, small_bench(tmp_path), other)
+    assert json.loads(bench.out.read_text()) == kept
     # Of a later version of the bench: what it no longer makes stays in the record.
     store.begin(small_bench(tmp_path), {"methods": {"grpo_eta": ["--objective.eps", "1e-3"]}})
     assert json.loads(bench.out.read_text()) == kept
     damaged = small_bench(tmp_path)
+    damaged.record.update(added={}, stages={"grpo_eta": {}})
+    assert "not the words of that method" in refusal(store.begin, damaged, with_eta)
     for key, said in (("added", "added is no map"), ("settings", "settings is no map")):
         damaged.record[key] = None
         assert said in refusal(store.begin, damaged, with_eta)
+
+
+def test_what_an_earlier_version_made_stays_in_verdict_and_figure(tmp_path, monkeypatch):
+    bench = small_bench(tmp_path)
+    bench.runs.mkdir()
+    (bench.runs / "record.id").touch()
+    spread = {"value": 0.0, "low": -0.1, "high": 0.1}
+    found = {"acc": 0.5, "tokens": 40.0, "change": {"acc": spread, "tokens": spread}}
+    bench.record["stages"] = {"grpo_eval": {"problems, greedy": found}}
+    made = replace(smollm2.STAGES["check"], make=lambda _: {})
+    monkeypatch.setitem(smollm2.STAGES, "check", made)
+    labels, plot = [], Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda *a, label, **k: labels.append(label) or plot(*a, label=label, **k)
+    )
+    smollm2.make(bench, "check")
+    assert [*json.loads(bench.out.read_text())["verdict"]] == ["grpo"]
+    assert "grpo, greedy" in labels
 
 
 def test_the_settings_hold_what_a_result_hangs_on(tmp_path):
