@@ -1,8 +1,8 @@
 """What holds a run of smollm2.py together over its starts: one record, its folder, its seconds.
 
 RUNS/record.id   the record that the folder belongs to
-record settings  all that a result hangs on, fixed by the first start
-record added     methods that came to the bench after that start, with their words
+record settings  all that a result hangs on, fixed by the first start; settings_sha256 guards it
+record added     methods that came to the bench after that start, with their words; added_sha256
 record weights   digest of what a stage leaves, looked at before it is used
 RUNS/clock.json  seconds of each stage over all its starts
 """
@@ -59,10 +59,10 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     """
     record, mine = bench.record, bench.runs / "record.id"
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
-    fresh = "settings" not in record
+    fresh = record.get("settings") is None
     for key in ("settings", "added"):
-        if not isinstance(record.get(key, {}), dict):
-            raise SystemExit(f"{bench.out}: its {key} is no mapping; restore the file")
+        if digest(record.get(key)) != record.get(f"{key}_sha256", digest(None)):
+            raise SystemExit(f"{bench.out}: its {key} is not that of {key}_sha256; restore it")
     added = {} if fresh else _check_settings(bench, settings)
     if mine.is_file():
         if mine.read_text().strip() != record["id"]:
@@ -79,7 +79,7 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
         record |= {"settings": settings, "settings_sha256": digest(settings)}
         bench.save()
     elif added:
-        record["added"] = added
+        record |= {"added": added, "added_sha256": digest(added)}
         bench.save()
     bench.runs.mkdir(parents=True, exist_ok=True)
     write_text(mine, record["id"] + "\n")
@@ -89,8 +89,6 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
     """Hold the settings to the record's. Return the methods that came after its first start: as
     an earlier start had them, or new."""
     known, methods = bench.record["settings"], settings.get("methods", {})
-    if digest(known) != bench.record.get("settings_sha256"):
-        raise SystemExit(f"{bench.out}: its settings are not those of its settings_sha256; restore")
     first, kept = known.get("methods", {}), bench.record.get("added", {})
     new = {name: words for name, words in methods.items() if name not in {**first, **kept}}
     if made := [name for name in new if name in bench.record["stages"]]:
@@ -103,15 +101,15 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
         known = {**known, "methods": {k: words for k, words in both.items() if k in methods}}
     if digest(settings) == digest(known):
         return added
-    commit = bench.record.get("environment", {}).get("commit")
-    go_on = f"go on with commit {commit} and its options, or give a new --out and --runs"
+    go_on = "go on with commit {} and its options, or give a new --out and --runs"
+    begun = bench.record.get("environment", {}).get("commit")
     try:
         old, new = (
             dotted({**each, "config": meaning(each.get("config", {}), str(bench.out))})
             for each in (known, settings)
         )
     except ConfigError as error:
-        raise SystemExit(f"{error}; {go_on}") from error
+        raise SystemExit(f"{error}; {go_on.format(begun)}") from error
     other = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     # Of an earlier version, with the same meaning today.
     if not other:
@@ -122,9 +120,12 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
             f"{bench.out} was begun {'with' if known['gsm8k'] else 'without'} --gsm8k, or with "
             "other files of it; give it as then, or a new --out and --runs"
         )
+    # An added method is of the version that made its stage.
+    stage = bench.record["stages"].get(key.removeprefix("methods."), {})
     raise SystemExit(
         f"{bench.out} was begun with {key} {old.get(key)!r}, and this start has {new.get(key)!r}"
-        f"{f' ({len(more)} more differ)' if more else ''}; {go_on}"
+        f"{f' ({len(more)} more differ)' if more else ''}; "
+        f"{go_on.format(stage.get('commit', begun))}"
     )
 
 

@@ -147,7 +147,11 @@ def test_methods_come_and_go_between_versions_and_none_changes(tmp_path):
     assert kept["added"] == {"grpo_eta": ["--objective.eps", "1e-3"]}
     store.begin(small_bench(tmp_path), with_eta)
     other = {"methods": first | {"grpo_eta": ["--objective.eps", "1e-6"]}}
-    assert "was begun with methods.grpo_eta" in refusal(store.begin, small_bench(tmp_path), other)
+    made = small_bench(tmp_path)
+    made.record["stages"] = {"grpo_eta": {"commit": "5eed"}}
+    said = refusal(store.begin, made, other)
+    assert "was begun with methods.grpo_eta" in said
+    assert "go on with commit 5eed" in said
     # One that the first start had may not change by the way.
     other = {"methods": with_eta["methods"] | {"grpo": []}}
     assert "was begun with methods.grpo " in refusal(store.begin, small_bench(tmp_path), other)
@@ -156,11 +160,13 @@ def test_methods_come_and_go_between_versions_and_none_changes(tmp_path):
     store.begin(small_bench(tmp_path), {"methods": {"grpo_eta": ["--objective.eps", "1e-3"]}})
     assert json.loads(bench.out.read_text()) == kept
     damaged = small_bench(tmp_path)
-    damaged.record.update(added={}, stages={"grpo_eta": {}})
+    damaged.record["stages"] = {"grpo_eta": {}}
+    for key, value in (("added", {}), ("added", None), ("settings", None)):
+        damaged.record[key] = value
+        assert f"its {key} is not that of {key}_sha256" in refusal(store.begin, damaged, with_eta)
+        damaged.record[key] = kept[key]
+    del damaged.record["added"], damaged.record["added_sha256"]
     assert "not the words of that method" in refusal(store.begin, damaged, with_eta)
-    for key, said in (("added", "added is no map"), ("settings", "settings is no map")):
-        damaged.record[key] = None
-        assert said in refusal(store.begin, damaged, with_eta)
 
 
 def test_what_an_earlier_version_made_stays_in_verdict_and_figure(tmp_path, monkeypatch):
