@@ -17,8 +17,8 @@ Chunks have equal size and share one (C, V) buffer, rewritten in place:
 
 with one more (C, V) buffer for a capped head (tanh's slope) and one for an entropy (-e log e). They
 are allocated once: new ones for every chunk cost a CPU a page fault every 4 KiB, 15 % of the logits
-GEMM. C is the largest number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V
-except dW (fp32).
+GEMM. A dW that is made anew has room for the logits (products.py, late.py). Else C is the largest
+number of rows whose buffers fit in `chunk_bytes`; nothing else grows with V except dW (fp32).
 
 A CPU has no half-precision GEMM with fp32 out, and without bfloat16 units those of torch are slow:
 3.9 s of one thread with AVX2 for (768, 2051) @ (2051, 256), and 0.043 s in fp32. So products there
@@ -38,22 +38,28 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vpgea_fast.kernels import units
 from vpgea_fast.kernels.contract import NO_SINKS, Head, Sinks, Upstream, Values
+from vpgea_fast.kernels.epilogue import (
+    dlogits_,
+    log_sum_p2,
+    put_logits_,
+    row_sums_,
+    statistics_of,
+    top1_and_mean,
+)
+from vpgea_fast.kernels.late import late_classes
 from vpgea_fast.kernels.products import (
     HALF,
     add_gradients_,
-    matmul,
     operand_of,
     room_in_dweight,
     settle_weight,
     upcast_block,
-    weight_blocks,
     weight_sink,
 )
-from vpgea_fast.kernels.shards import RowSums
+from vpgea_fast.kernels.shards import placed
 
 Tensor = torch.Tensor
 
@@ -105,7 +111,15 @@ def head_pass(
         targets_K, own_K = shards.place(targets_K)
     # By the widest part of a head that is cut: every process must make the same chunks.
     rows_of = partial(chunk_rows, n_rows, widest, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
-    buffers_BCV = _buffers(rows_of, n_rows, head=head, sinks=sinks, entropy=needs_entropy)
+    late = None
+    if chunk_bytes is None and not (needs_entropy or statistics) and _may_wait(head, upstream):
+        late = late_classes(head, sinks, targets_K)
+    if late is None:
+        buffers_BCV = _buffers(rows_of, n_rows, head=head, sinks=sinks, entropy=needs_entropy)
+    else:
+        buffers_BCV = late.room(late.rows, late.first).unsqueeze(0)
+        head, sinks = late.early
+        targets_K, own_K = placed(targets_K, range(late.first))
     step = buffers_BCV.shape[1]
     in_place = shards is None and _all_in_place(hidden_TD, rows_K, sinks)
     upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, accumulator)
@@ -118,28 +132,38 @@ def head_pass(
         add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
     )
 
-    def run(chunk: slice) -> Tensor:
+    def read(chunk: slice) -> tuple[Tensor, Any]:
         rows_C: Any = chunk if in_place else rows_K[chunk]
         hidden_CD = hidden_TD[chunk] if in_place else hidden_TD.index_select(0, rows_C).to(operand)
+        return hidden_CD, rows_C
+
+    def run(chunk: slice) -> Tensor:
+        hidden_CD, rows_C = read(chunk)
         targets_C1 = targets_K[chunk].unsqueeze(1)
         own_C1 = None if own_K is None else own_K[chunk].unsqueeze(1)
         # The last chunk may be shorter: views of the same buffers.
         z_CV, *spare = buffers_BCV[:, : hidden_CD.shape[0]].unbind()
         plogp_CV = spare.pop() if needs_entropy else None
         slope_CV = spare.pop() if head.capped else None
+        # Before the other logits, which get the same memory.
+        late_sums = None if late is None else late.sums(hidden_CD, chunk)
         put_logits_(z_CV, slope_CV, hidden_CD, head=head, upcast_BD=upcast_BD, chunk=chunk)
         # Of the logits themselves, before they become exponentials.
-        columns = _top1_and_mean(z_CV, targets_C1) if statistics else []
-        sums = _row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
+        columns = top1_and_mean(z_CV, targets_C1) if statistics else []
+        sums = row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
         # Apart from `sums`: the exponentials in the buffer hang on this part's own peak.
-        whole = sums if shards is None or own_C1 is None else shards.whole(sums, own_C1)
-        values_C3 = _statistics(whole)
+        whole = sums
+        if shards is not None and own_C1 is not None:
+            whole = shards.whole(sums, own_C1)
+        if late_sums is not None:
+            whole = sums.joined(*late_sums)
+        values_C3 = statistics_of(whole)
         if statistics:
-            columns.append(_log_sum_p2(z_CV, sums.peak, values_C3))
+            columns.append(log_sum_p2(z_CV, sums.peak, values_C3))
         made = torch.cat((values_C3, *columns), dim=1)
         if upstream is None or upstream_K3 is None:
             return made
-        _dlogits_(
+        dlogits_(
             z_CV,
             plogp_CV=plogp_CV,
             slope_CV=slope_CV,
@@ -158,9 +182,17 @@ def head_pass(
 
     with units.of(hidden_TD):
         columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+        if late is not None and upstream_K3 is not None:
+            late.put_gradients_(columns_K, upstream_K3, read)
     settle_weight(sinks.weight, sink_VD, unit)
     values = _values(columns_K, entropy)
     return values._replace(skipped=torch.cat(skipped)) if skipped else values
+
+
+def _may_wait(head: Head, upstream: Upstream | None) -> bool:
+    """Whether some classes of a head may come last: all that a row wants of them is its sums."""
+    plain = upstream is not None and upstream.mean_logit is None and not upstream.skip_below
+    return plain and head.shards is None and not head.capped
 
 
 def _buffers(
@@ -229,23 +261,6 @@ def chunk_rows(
     return math.ceil(rows / math.ceil(rows / most))
 
 
-def put_logits_(
-    z_CV: Tensor,
-    slope_CV: Tensor | None,
-    hidden_CD: Tensor,
-    *,
-    head: Head,
-    upcast_BD: Tensor | None,
-    chunk: slice,
-) -> None:
-    """Rewrites z_CV as the logits of `chunk` of the rows that take part; tanh's slope beside it."""
-    # Block after block of classes, each into its columns of the one buffer.
-    for columns, weight_BD in weight_blocks(head.weight, upcast_BD):
-        matmul(hidden_CD, weight_BD.T, z_CV.dtype, out=z_CV[:, columns])
-    divisor = head.temperature
-    head.logits_(z_CV, slope_CV, divisor[chunk, None] if isinstance(divisor, Tensor) else divisor)
-
-
 def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
     """fp16 ends at 6e-8, where coefficients begin: its dz is kept in units of bound / 2^14.
 
@@ -257,109 +272,3 @@ def storage_unit(upstream_K3: Tensor | None, vocabulary: int) -> Tensor | float:
     bound_K = g_logp_K + g_lse_K + (math.log(vocabulary) + 1.0) * g_entropy_K
     # Clamped last: a subnormal unit is 0 where they are flushed, and 0 / 0 a NaN.
     return (bound_K.amax() / 2.0**14).clamp_min(torch.finfo(bound_K.dtype).tiny)
-
-
-def _row_sums_(
-    z_CV: Tensor, plogp_CV: Tensor | None, *, targets_C1: Tensor, own_C1: Tensor | None
-) -> RowSums:
-    """Rewrites z as e = exp(z - peak), 0 at the target, and plogp_CV as -e log e; sums them up.
-
-    The clamp keeps rows whose other logits are all -inf free of inf - inf. own_C1: whose target is
-    among these classes; None: all.
-    """
-    z_target_C1 = z_CV.gather(1, targets_C1)
-    # Out of the sum, and not subtracted from it later: 1 - p keeps its digits.
-    _put_(z_CV, targets_C1, torch.full_like(z_target_C1, -torch.inf), own_C1)
-    peak_C1 = z_CV.amax(1, keepdim=True).clamp_min(torch.finfo(z_CV.dtype).min)
-    z_CV.sub_(peak_C1).exp_()
-    plogp_C1 = None
-    if plogp_CV is not None:
-        torch.special.entr(z_CV, out=plogp_CV)  # 0 at e = 0
-        plogp_C1 = plogp_CV.sum(1, keepdim=True)
-    return RowSums(z_target_C1, peak_C1, z_CV.sum(1, keepdim=True), plogp_C1)
-
-
-def _put_(x_CV: Tensor, targets_C1: Tensor, values_C1: Tensor, own_C1: Tensor | None) -> None:
-    """x at the target becomes the value; a row whose target is another process's stays as it is."""
-    if own_C1 is not None:
-        values_C1 = torch.where(own_C1, values_C1, x_CV.gather(1, targets_C1))
-    x_CV.scatter_(1, targets_C1, values_C1)
-
-
-def _statistics(sums: RowSums) -> Tensor:
-    """(C, 3): logp, lse, entropy (0 without plogp).
-
-    logp = log sigmoid(z_target - lse of the others) is never above 0 and keeps the digits of 1 - p;
-    no term of the entropy is negative, so nothing cancels.
-    """
-    z_target_C1, peak_C1, others_C1, plogp_C1 = sums
-    lse_others_C1 = peak_C1 + others_C1.log()
-    logp_C1 = F.logsigmoid(z_target_C1 - lse_others_C1)
-    lse_C1 = torch.logaddexp(z_target_C1, lse_others_C1)
-    entropy_C1 = torch.zeros_like(logp_C1)
-    if plogp_C1 is not None:
-        scale_C1 = (peak_C1 - lse_C1).exp()
-        entropy_C1 = scale_C1 * ((lse_C1 - peak_C1) * others_C1 + plogp_C1)
-        # The target's own term, which e = 0 left out; the clamp keeps 0 x -inf from being NaN.
-        entropy_C1 -= logp_C1.exp() * logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
-    return torch.cat((logp_C1, lse_C1, entropy_C1), dim=1)
-
-
-def _top1_and_mean(z_CV: Tensor, targets_C1: Tensor) -> list[Tensor]:
-    """(C, 1) each: 1 where the target is the first of the largest logits, and their mean."""
-    top1_C1 = z_CV.argmax(1, keepdim=True) == targets_C1
-    return [top1_C1.to(z_CV.dtype), z_CV.mean(1, keepdim=True)]
-
-
-def _log_sum_p2(exp_CV: Tensor, peak_C1: Tensor, values_C3: Tensor) -> Tensor:
-    """(C, 1): log sum_v p_v^2, of the others' exponentials and the target's own logp."""
-    logp_C1, lse_C1, _ = values_C3.split(1, dim=1)
-    # A norm, which squares without a (C, V) tensor of squares.
-    norm_C1 = torch.linalg.vector_norm(exp_CV, dim=1, keepdim=True)
-    return torch.logaddexp(2.0 * (norm_C1.log() + peak_C1 - lse_C1), 2.0 * logp_C1)
-
-
-def _dlogits_(
-    exp_CV: Tensor,
-    *,
-    plogp_CV: Tensor | None,
-    slope_CV: Tensor | None,
-    targets_C1: Tensor,
-    own_C1: Tensor | None,
-    peak_C1: Tensor,
-    values_C3: Tensor,
-    upstream_C3: Tensor,
-    smooth_C2: Tensor | None = None,
-) -> None:
-    """Rewrites exp(z - peak) as d loss / d a; both upstreams are divided by the temperature.
-
-    In passes over (C, V), each in place: the row's factor, -e log e for an entropy, the mean
-    logit's share, slopes.
-    """
-    logp_C1, lse_C1, entropy_C1 = values_C3.split(1, dim=1)
-    g_logp_C1, g_lse_C1, g_entropy_C1 = upstream_C3.split(1, dim=1)
-    mean_C1 = None
-    if smooth_C2 is not None:
-        mean_C1, square_C1 = smooth_C2.split(1, dim=1)
-        g_lse_C1 = g_lse_C1 + 2.0 * square_C1 * lse_C1  # lse is known by now, and so lse^2's slope
-    # A process whose classes are all -inf has e = 0 and a peak that times 0 would be NaN. The gap
-    # is bounded and not the peak: lse - 1e4 is lse itself where that is large.
-    gap_C1 = (peak_C1 - lse_C1).clamp_min(-1e4)
-    scale_C1 = gap_C1.exp()  # p_v = scale e_v
-    row_C1 = g_lse_C1 - g_logp_C1
-    # expm1 keeps the digits of 1 - p where p is close to 1.
-    target_C1 = -g_logp_C1 * torch.expm1(logp_C1) + g_lse_C1 * logp_C1.exp()
-    if plogp_CV is not None:
-        row_C1 = row_C1 - g_entropy_C1 * (entropy_C1 + gap_C1)
-        surprise_C1 = entropy_C1 + logp_C1.clamp_min(torch.finfo(logp_C1.dtype).min)
-        target_C1 = target_C1 - g_entropy_C1 * logp_C1.exp() * surprise_C1
-        # log p_v = log e_v + (peak - lse): its constant part is in row_C1, -e log e is here.
-        plogp_CV.mul_(g_entropy_C1 * scale_C1)
-    exp_CV.mul_(row_C1 * scale_C1)
-    if plogp_CV is not None:
-        exp_CV.add_(plogp_CV)
-    _put_(exp_CV, targets_C1, target_C1, own_C1)
-    if mean_C1 is not None:
-        exp_CV.add_(mean_C1 / exp_CV.shape[1])
-    if slope_CV is not None:
-        exp_CV.mul_(slope_CV)

@@ -53,6 +53,11 @@ class Head:
     def shape(self) -> LogitShape:
         return LogitShape(self.logit_scale, self.softcap)
 
+    def part(self, classes: slice) -> "Head":
+        """The head of these classes alone."""
+        bias_V = None if self.bias is None else self.bias[classes]
+        return replace(self, weight=self.weight[classes], bias=bias_V)
+
     def logits_(self, a_CV: Tensor, slope_CV: Tensor | None, temperature: float | Tensor) -> None:
         """Rewrites the products a_CV as z_CV; the tanh's slope 1 - tanh^2 goes to slope_CV.
 
@@ -149,6 +154,11 @@ class Sinks:
         if self.fresh and self.weight is not None:
             self.weight.zero_()
         return replace(self, fresh=False)
+
+    def part(self, classes: slice) -> "Sinks":
+        """The sinks of these classes alone."""
+        weight_VD, bias_V = (None if x is None else x[classes] for x in (self.weight, self.bias))
+        return replace(self, weight=weight_VD, bias=bias_V)
 
 
 NO_SINKS = Sinks()

@@ -111,8 +111,10 @@ def add_gradients_(
     unit: Tensor | float,
     upcast_BD: Tensor | None,
     begun: bool = True,
+    begun_hidden: bool = False,
 ) -> None:
-    """Puts a chunk's gradients into the sinks; z_CV is dz, and is rewritten. begun: dW exists.
+    """Puts a chunk's gradients into the sinks; z_CV is dz, and is rewritten. begun: dW exists;
+    begun_hidden: and dX of these rows, in `wide` numbers.
 
     rows_C: a slice of rows gets dX in its place, where nothing is rounded or summed over processes.
     """
@@ -128,8 +130,13 @@ def add_gradients_(
     work = dhidden_CD = None
     if sinks.hidden is not None:
         in_place = isinstance(rows_C, slice)
-        dhidden_CD = sinks.hidden[rows_C] if in_place else torch.zeros_like(hidden_CD, dtype=wide)
-        _put_dhidden_(dhidden_CD, dz_CV, head, upcast_BD)
+        # A view or, of rows here and there, a copy.
+        dhidden_CD = (
+            sinks.hidden[rows_C]
+            if in_place or begun_hidden
+            else torch.zeros_like(hidden_CD, dtype=wide)
+        )
+        _put_dhidden_(dhidden_CD, dz_CV, head, upcast_BD, begun=begun_hidden)
         if in_units:
             dhidden_CD.mul_(unit)
         work = None if head.shards is None else head.shards.begin_sum(dhidden_CD)
@@ -141,10 +148,14 @@ def add_gradients_(
         sinks.hidden.index_copy_(0, rows_C, dhidden_CD.to(sinks.hidden.dtype))
 
 
-def _put_dhidden_(dhidden_CD: Tensor, dz_CV: Tensor, head: Head, upcast_BD: Tensor | None) -> None:
-    """(C, D) = logit_scale dz W, added up over the blocks of classes and rounded later."""
-    for block, (columns, weight_BD) in enumerate(weight_blocks(head.weight, upcast_BD)):
-        add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale, begun=block > 0)
+def _put_dhidden_(
+    dhidden_CD: Tensor, dz_CV: Tensor, head: Head, upcast_BD: Tensor | None, *, begun: bool
+) -> None:
+    """(C, D) = logit_scale dz W, += where it is begun; added up over the blocks of classes and
+    rounded later."""
+    for columns, weight_BD in weight_blocks(head.weight, upcast_BD):
+        add_matmul_(dhidden_CD, dz_CV[:, columns], weight_BD, head.logit_scale, begun=begun)
+        begun = True
 
 
 def room_in_dweight(sinks: Sinks, rows: int, dtype: torch.dtype) -> Tensor | None:
@@ -167,7 +178,7 @@ def put_dweight_(
     sink_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, alpha: float, *, begun: bool
 ) -> None:
     """dW += alpha dz' X, or = where it is not begun; a dz in the memory of dW is lost."""
-    if begun or dz_CV.untyped_storage().data_ptr() != sink_VD.untyped_storage().data_ptr():
+    if begun or not 0 <= dz_CV.data_ptr() - sink_VD.data_ptr() < sink_VD.nbytes:
         add_matmul_(sink_VD, dz_CV.T, hidden_CD, alpha, begun=begun)
         return
     width, written = sink_VD.shape[1], 0

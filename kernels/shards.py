@@ -29,11 +29,26 @@ class RowSums(NamedTuple):
     others: Tensor  # sum e, e = exp(z - peak)
     plogp: Tensor | None  # sum -e log e, where an entropy is wanted
 
+    def joined(self, other: "RowSums", own_C1: Tensor) -> "RowSums":
+        """The sums with those of other classes, without an entropy; own_C1: bool, whether the
+        target is one of these."""
+        peak_C1 = torch.maximum(self.peak, other.peak)
+        others_C1 = self.others * torch.exp(self.peak - peak_C1)
+        others_C1 += other.others * torch.exp(other.peak - peak_C1)
+        z_target_C1 = torch.where(own_C1, other.z_target, self.z_target)
+        return RowSums(z_target_C1, peak_C1, others_C1, None)
+
 
 def part(classes: int, size: int, rank: int) -> range:
     """The classes of a rank, as torch's `Shard(0)` cuts them: 10 over 4 are 3, 3, 3, 1."""
     share = -(-classes // size)
     return range(min(share * rank, classes), min(share * (rank + 1), classes))
+
+
+def placed(targets: Tensor, own: range) -> tuple[Tensor, Tensor]:
+    """Each target's place among the own classes, and whether it is one; 0 where it is not."""
+    is_own = (targets >= own.start) & (targets < own.stop)
+    return (targets - own.start).masked_fill(~is_own, 0), is_own
 
 
 class Shards(NamedTuple):
@@ -57,10 +72,8 @@ class Shards(NamedTuple):
         return len(self.of(0))
 
     def place(self, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Each target's place among the own classes, and whether it is one; 0 where it is not."""
-        own = self.of(dist.get_rank(self.processes))
-        own_K = (targets_K >= own.start) & (targets_K < own.stop)
-        return (targets_K - own.start).masked_fill(~own_K, 0), own_K
+        """As `placed`, among this process's classes."""
+        return placed(targets_K, self.of(dist.get_rank(self.processes)))
 
     def whole(self, own: RowSums, own_C1: Tensor) -> RowSums:
         """The sums over all classes, the same bits on every process.

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpgea_fast.kernels import backends, chunked, head, reference, streams, units
+from vpgea_fast.kernels import backends, epilogue, head, reference, streams, units
 from vpgea_fast.losses import (
     linear_logprob,
     two_stream_loss,
@@ -722,13 +722,13 @@ def switch(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bfloat16_units_multiply_bfloat16_numbers_alone(monkeypatch, dtype, switch):
     """torch's switch is the user's again after a pass, and after one that fails."""
-    product, seen = chunked.matmul, []
+    product, seen = epilogue.matmul, []
 
     def recorded(*args, **kwargs):
         seen.append(switch.fp32_precision)
         return product(*args, **kwargs) if len(seen) == 1 else kwargs["no such argument"]
 
-    monkeypatch.setattr(chunked, "matmul", recorded)
+    monkeypatch.setattr(epilogue, "matmul", recorded)
     hidden_TD, weight_VD, _, targets_T, coef_T = head_case(dtype)
     arguments = hidden_TD, weight_VD, targets_T, coef_T
     switch.fp32_precision = "ieee"
