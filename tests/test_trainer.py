@@ -633,7 +633,10 @@ def test_a_resumed_run_stays_the_same_run(finished):
         "rollout.max_answer_tokens": 9,
         "rollout.importance_cap": 2,
     }
+    # Of a run that has made its steps, no step would have the new rate.
+    refused["optim.lr"] = 0.5
     messages = {key: f"--resume would change {key} from " for key in refused}
+    messages["optim.lr"] += ".* or give more train.steps: none of the run's 4 steps is left"
     for key, value in {**refused, "train.steps": 1}.items():
         message = messages.get(key, "4 steps are made already")
         with pytest.raises(checkpoint.CheckpointError, match=message):

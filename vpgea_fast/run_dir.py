@@ -221,6 +221,13 @@ class RunDir:
             raise checkpoint.CheckpointError(
                 f"train.steps {self.cfg.train.steps}: {made} are made already; give more"
             )
+        limit = self.cfg.train.max_tokens
+        spent = saved and limit is not None and saved.trainer_state.get("tokens", 0) >= limit
+        if saved and not saved.updates and (spent or self.cfg.train.steps == step):
+            # config.yaml and the report would name a rate that no step had.
+            limits = "train.max_tokens" if spent else "train.steps"
+            more = f"give more {limits}: none of the run's {step} steps is left to have them"
+            self._require_fixed(changed, ("optim.",), more)
         # The order of the questions counts too: a step's own are drawn by their places.
         if saved and saved.trainer_state["data"] != data:
             raise checkpoint.CheckpointError(

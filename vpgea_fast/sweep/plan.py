@@ -371,6 +371,8 @@ def _flow(entries: Sequence[dict[str, Any]]) -> str:
 def _halves(file: DataFile, cfg: Config) -> tuple[str, str]:
     """Cut a JSONL file in two: its questions by turns, equal ones into one half."""
     path = Path(file.path)
+    if path.suffix == ".jsonl" and not path.exists():
+        raise SweepError(f"eval.data: there is no file {path}; expected a JSONL file of questions")
     if path.suffix != ".jsonl" or not path.is_file():
         raise SweepError(
             f"eval.data: {file.path} is no JSONL file that a sweep can split; give a file of other "
