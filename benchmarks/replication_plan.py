@@ -177,7 +177,12 @@ def read_plan(path: Path = PLAN, *, quick: bool = False) -> Plan:
         little = tree.pop("quick")
         plan = Plan(**tree, bars=[])
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise PlanError(f"{path} is no plan: {error!r}") from error
+        said = "it is no mapping" if isinstance(error, AttributeError) else str(error)
+        said = f"it has no {error.args[0]}" if isinstance(error, KeyError) else said
+        said = " ".join(said.split())
+        raise PlanError(
+            f"{path} is no plan ({said}); give one such as {PLAN.name} by --plan"
+        ) from error
     check_fair(plan)
     return little_plan(plan, little) if quick else plan
 

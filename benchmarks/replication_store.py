@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from replication_plan import Keys, Plan, PlanError, method_words
+from sealed import SealError, opened, sealed
 
 from vpgea_fast import config
 from vpgea_fast.checkpoint import write_text
@@ -46,17 +47,14 @@ FILES = ("train", "test", "pick", "report", "few_report", "few")
 def read(path: Path, plan: Plan) -> Result:
     """What is known, or nothing yet. PlanError for a file that is no result of such a plan."""
     fresh = {"plan": plan.digest, "tables": {}, "worlds": {}, "made_by": [], "folders": {}}
-    if not path.is_file():
+    if not path.exists():
         return fresh | {"quick": True} if plan.quick else fresh
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # A key that is null, or of another kind, is none either.
-        kinds = {**fresh, "styles": {}, "starts": []}
-        kept = {"styles": {}, "starts": []} | (found if isinstance(found, dict) else {})
-        missing = next((k for k, v in kinds.items() if not isinstance(kept.get(k), type(v))), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise PlanError(f"{path} cannot be read ({error}); bring it back, or remove it") from error
-    if missing is not None:
+        found = opened(path)
+    except SealError as error:
+        raise PlanError(str(error)) from error
+    # A sealed record of another bench is none.
+    if (missing := next((key for key in fresh if key not in found), None)) is not None:
         raise PlanError(f"{path} is no result of the replication: it has no {missing}")
     if found.get("quick", False) != plan.quick:
         kinds = {True: "the little plan (--quick)", False: "the whole plan"}
@@ -69,7 +67,7 @@ def read(path: Path, plan: Plan) -> Result:
 
 def write(path: Path, result: Result) -> None:
     """Write the result, with a line for each run and for each of the long parts."""
-    folders = {}
+    result, folders = sealed(result), {}
     for name, folder in result["folders"].items():
         lines = [
             f"  {json.dumps(key)}: {json.dumps(value)}"

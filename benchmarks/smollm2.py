@@ -33,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import sealed
 import torch
 from smollm2_rules import (
     HONEST,
@@ -414,9 +415,15 @@ def faster_dtype() -> dict[str, Any]:
 
 
 def opened(out: Path) -> dict[str, Any]:
-    """What FILE says, or a new record."""
-    if out.is_file():
-        return json.loads(out.read_text())
+    """What FILE says, or a new record. SystemExit for a file that is none, or was changed."""
+    if out.exists():
+        try:
+            found = sealed.opened(out)
+        except sealed.SealError as error:
+            raise SystemExit(str(error)) from error
+        if "stages" not in found:
+            raise SystemExit(f"{out} is of another bench: it has no stages; give another --out")
+        return found
     how = {"command": shlex.join(["python", *sys.argv]), "environment": environment()}
     how |= {"tuned": TUNED, "tokens": TOKENS, **faster_dtype()}
     how |= {"id": uuid.uuid4().hex, "sft_steps": LADDER[0]}

@@ -1,8 +1,8 @@
 """What holds a run of smollm2.py together over its starts: one record, its folder, its seconds.
 
 RUNS/record.id   the record that the folder belongs to
-record settings  all that a result hangs on, fixed by the first start; settings_sha256 guards it
-record added     methods that came to the bench after that start, with their words; added_sha256
+record settings  all that a result hangs on, fixed by the first start
+record added     methods that came to the bench after that start, with their words
 record weights   digest of what a stage leaves, looked at before it is used
 RUNS/clock.json  seconds of each stage over all its starts
 """
@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from sealed import sealed
 
 from vpgea_fast.checkpoint import write_text
 from vpgea_fast.config import ConfigError
@@ -44,7 +46,7 @@ class Bench:
 
     def save(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.out, json.dumps(self.record, indent=1) + "\n")
+        write_text(self.out, json.dumps(sealed(self.record), indent=1) + "\n")
 
     def named(self, text: str) -> str:
         """A name of a folder, with the steps of the base's training filled in."""
@@ -59,10 +61,7 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
     """
     record, mine = bench.record, bench.runs / "record.id"
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
-    fresh = record.get("settings") is None
-    for key in ("settings", "added"):
-        if digest(record.get(key)) != record.get(f"{key}_sha256", digest(None)):
-            raise SystemExit(f"{bench.out}: its {key} is not that of {key}_sha256; restore it")
+    fresh = "settings" not in record
     added = {} if fresh else _check_settings(bench, settings)
     if mine.is_file():
         if mine.read_text().strip() != record["id"]:
@@ -76,10 +75,10 @@ def begin(bench: Bench, settings: Mapping[str, Any]) -> None:
             "or give another --runs"
         )
     if fresh:
-        record |= {"settings": settings, "settings_sha256": digest(settings)}
+        record["settings"] = settings
         bench.save()
     elif added:
-        record |= {"added": added, "added_sha256": digest(added)}
+        record["added"] = added
         bench.save()
     bench.runs.mkdir(parents=True, exist_ok=True)
     write_text(mine, record["id"] + "\n")
@@ -99,7 +98,7 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
     if "methods" in known:
         both = {**added, **first}
         known = {**known, "methods": {k: words for k, words in both.items() if k in methods}}
-    if digest(settings) == digest(known):
+    if settings == known:
         return added
     go_on = "go on with commit {} and its options, or give a new --out and --runs"
     begun = bench.record.get("environment", {}).get("commit")
@@ -127,11 +126,6 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
         f"{f' ({len(more)} more differ)' if more else ''}; "
         f"{go_on.format(stage.get('commit', begun))}"
     )
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON, its keys in order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -29,6 +29,7 @@ import replication_plan
 import replication_probes as probes
 import replication_store as store
 import replication_tables as tables
+from sealed import sealed
 
 pytestmark = pytest.mark.around
 
@@ -139,8 +140,11 @@ def test_every_setting_of_the_plan_is_one_that_its_method_has():
         (lambda t: t["report_seeds"].append(100), "search_seed 100 is also reported"),
         (lambda t: t["stages"]["main"]["methods"].append("PPO"), "'PPO' is no method"),
         (lambda t: t["stages"]["main"]["worlds"].append("moon"), "'moon' is no method and no"),
-        (lambda t: t.pop("quick"), "is no plan: KeyError('quick')"),
-        (lambda t: t.update(more=1), "is no plan: TypeError"),
+        (lambda t: t.pop("quick"), "is no plan (it has no quick); give one such as"),
+        (
+            lambda t: t.update(more=1),
+            "is no plan (Plan.__init__() got an unexpected",
+        ),
     ],
 )
 def test_a_plan_that_is_not_fair_is_one_line(tmp_path, capsys, change, said):
@@ -427,11 +431,11 @@ def test_the_file_lists_the_starts_that_have_made_something(plan, trained, bench
 
     assert go(1) == (["start 1"], "start 1")
     assert go(2) == (["start 1"], "start 1")
-    # A file of an earlier version, which knows its last start alone.
+    # Of an earlier version, which knew its last start alone.
     file = Path("result.json")
     found = json.loads(file.read_text())
     del found["starts"]
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(sealed(found)))
     assert go(3) == ([], "start 1")
     more = replace(plan, report_seeds=[0, 1, 2])
     assert go(4, more) == (["start 1", "start 4"], "start 4")
@@ -527,21 +531,23 @@ def test_how_winners_think_is_asked_once_of_each_seed(plan, bench_of, tmp_path, 
     ("content", "said"),
     [
         ("{", "cannot be read"),
-        ("{}", "has no plan"),
-        ("[]", "has no plan"),
-        ('{"plan": "a", "tables": null}', "has no tables"),
+        ("\udcff", "cannot be read"),
+        ("[]", "has no sha256"),
+        ('{"plan": "a", "tables": null}', "has no sha256"),
+        (json.dumps(sealed({"stages": {}})), "is no result of the replication: it has no plan"),
+        (json.dumps(sealed({"plan": "a"}) | {"plan": "b"}), "is not as it was written"),
     ],
 )
 def test_a_file_that_is_no_result_is_one_line(tmp_path, capsys, content, said):
     out = tmp_path / "result.json"
-    out.write_text(content)
+    out.write_text(content, errors="surrogateescape")
     with pytest.raises(SystemExit) as stopped:
         replication.main(["--out", str(out), "--table"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert out.read_text() == content
+    assert out.read_text(errors="surrogateescape") == content
 
 
 def test_a_result_is_of_one_kind_of_plan_and_of_one_bench(tmp_path, capsys):
