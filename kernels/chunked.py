@@ -49,7 +49,7 @@ from vpgea_fast.kernels.epilogue import (
     statistics_of,
     top1_and_mean,
 )
-from vpgea_fast.kernels.late import late_classes
+from vpgea_fast.kernels.late import LateClasses, late_classes
 from vpgea_fast.kernels.products import (
     HALF,
     add_gradients_,
@@ -98,39 +98,30 @@ def head_pass(
     """
     dtype = hidden_TD.dtype
     accumulator, operand = torch.promote_types(dtype, torch.float32), operand_of(hidden_TD)
-    vocabulary, n_rows, shards = head.weight.shape[0], targets_K.shape[0], head.shards
+    n_rows, shards = targets_K.shape[0], head.shards
     needs_entropy = entropy or (upstream is not None and upstream.entropy is not None)
     if n_rows == 0 or dtype is torch.float16:  # no product of dW's own, or one in units
         sinks = sinks.cleared()
     if n_rows == 0:  # no chunk, and so nothing to concatenate
         return _values(hidden_TD.new_empty(0, 6 if statistics else 3, dtype=accumulator), entropy)
 
-    widest, classes, own_K = vocabulary, vocabulary, None  # own_K: whose target is here; None: all
+    widest, own_K = head.weight.shape[0], None  # own_K: whose target is here; None: all
     if shards is not None:
-        widest, classes = shards.widest, shards.classes
+        widest = shards.widest
         targets_K, own_K = shards.place(targets_K)
-    # By the widest part of a head that is cut: every process must make the same chunks.
-    rows_of = partial(chunk_rows, n_rows, widest, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
-    late = None
-    if chunk_bytes is None and not (needs_entropy or statistics) and _may_wait(head, upstream):
-        late = late_classes(head, sinks, targets_K)
-    if late is None:
-        buffers_BCV = _buffers(rows_of, n_rows, head=head, sinks=sinks, entropy=needs_entropy)
-    else:
-        buffers_BCV = late.room(late.rows, late.first).unsqueeze(0)
+    plain = chunk_bytes is None and not (needs_entropy or statistics)
+    late = late_classes(head, sinks, targets_K) if plain and _may_wait(head, upstream) else None
+    if late is not None:
         head, sinks = late.early
         targets_K, own_K = placed(targets_K, range(late.first))
-    step = buffers_BCV.shape[1]
+    # By the widest part of a head that is cut: every process must make the same chunks.
+    rows_of = partial(chunk_rows, n_rows, widest, hidden_TD=hidden_TD, chunk_bytes=chunk_bytes)
+    buffers_BCV = _buffers(rows_of, n_rows, late, head=head, sinks=sinks, entropy=needs_entropy)
     in_place = shards is None and _all_in_place(hidden_TD, rows_K, sinks)
-    upstream_K3 = None if upstream is None else upstream.by_logits(head.temperature, accumulator)
-    smooth_K2 = None if upstream is None else upstream.smoothed(head.temperature, accumulator)
-    unit = storage_unit(upstream_K3, classes) if dtype is torch.float16 else 1.0
-    sink_VD = weight_sink(sinks.weight, unit)
     upcast_BD = upcast_block(head.weight, operand)
-    skipped: list[Tensor] = []
-    add_ = partial(
-        add_gradients_, head=head, sinks=sinks, sink_VD=sink_VD, unit=unit, upcast_BD=upcast_BD
-    )
+    gradients = None
+    if upstream is not None:
+        gradients = _Gradients(upstream, head, sinks, rows_K, dtype, upcast_BD)
 
     def read(chunk: slice) -> tuple[Tensor, Any]:
         rows_C: Any = chunk if in_place else rows_K[chunk]
@@ -152,41 +143,101 @@ def head_pass(
         columns = top1_and_mean(z_CV, targets_C1) if statistics else []
         sums = row_sums_(z_CV, plogp_CV, targets_C1=targets_C1, own_C1=own_C1)
         # Apart from `sums`: the exponentials in the buffer hang on this part's own peak.
-        whole = sums
+        whole = sums if late_sums is None else sums.joined(*late_sums)
         if shards is not None and own_C1 is not None:
             whole = shards.whole(sums, own_C1)
-        if late_sums is not None:
-            whole = sums.joined(*late_sums)
         values_C3 = statistics_of(whole)
         if statistics:
             columns.append(log_sum_p2(z_CV, sums.peak, values_C3))
-        made = torch.cat((values_C3, *columns), dim=1)
-        if upstream is None or upstream_K3 is None:
-            return made
+        if gradients is not None:
+            gradients.put_(
+                (z_CV, plogp_CV, slope_CV),
+                read=(chunk, hidden_CD, rows_C),
+                targets_C1=targets_C1,
+                own_C1=own_C1,
+                peak_C1=sums.peak,
+                values_C3=values_C3,
+            )
+        return torch.cat((values_C3, *columns), dim=1)
+
+    with units.of(hidden_TD):
+        step = buffers_BCV.shape[1]
+        columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
+        if late is not None and gradients is not None:
+            late.put_gradients_(columns_K, gradients.by_logits_K3, read)
+    values = _values(columns_K, entropy)
+    return values if gradients is None else gradients.settled(values)
+
+
+class _Gradients:
+    """What a pass makes of upstream gradients: dz of a chunk, and its share of the sinks."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        head: Head,
+        sinks: Sinks,
+        rows_K: Tensor,
+        dtype: torch.dtype,
+        upcast_BD: Tensor | None,
+    ) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        classes = head.weight.shape[0] if head.shards is None else head.shards.classes
+        self.upstream, self.head, self.sinks, self.rows_K = upstream, head, sinks, rows_K
+        self.by_logits_K3 = upstream.by_logits(head.temperature, wide)
+        self.smooth_K2 = upstream.smoothed(head.temperature, wide)
+        self.unit = storage_unit(self.by_logits_K3, classes) if dtype is torch.float16 else 1.0
+        self.sink_VD = weight_sink(sinks.weight, self.unit)
+        self.upcast_BD = upcast_BD
+        self.skipped: list[Tensor] = []
+
+    def put_(
+        self,
+        buffers: tuple[Tensor, Tensor | None, Tensor | None],
+        *,
+        read: tuple[slice, Tensor, Any],
+        targets_C1: Tensor,
+        own_C1: Tensor | None,
+        peak_C1: Tensor,
+        values_C3: Tensor,
+    ) -> None:
+        """Rewrite a chunk's exponentials as dz, and put its gradients into the sinks. read: the
+        chunk, its hidden states and which rows they are."""
+        exp_CV, plogp_CV, slope_CV = buffers
+        chunk, hidden_CD, rows_C = read
         dlogits_(
-            z_CV,
+            exp_CV,
             plogp_CV=plogp_CV,
             slope_CV=slope_CV,
             targets_C1=targets_C1,
             own_C1=own_C1,
-            peak_C1=sums.peak,
+            peak_C1=peak_C1,
             values_C3=values_C3,
-            upstream_C3=upstream_K3[chunk],
-            smooth_C2=None if smooth_K2 is None else smooth_K2[chunk],
+            upstream_C3=self.by_logits_K3[chunk],
+            smooth_C2=None if self.smooth_K2 is None else self.smooth_K2[chunk],
         )
-        if (bound_C := upstream.skipped(made[:, 0], head.temperature, chunk)) is not None:
-            skipped.append(bound_C)
-            z_CV, hidden_CD, rows_C = without_skipped_(bound_C, z_CV, hidden_CD, rows_K[chunk])
-        add_(z_CV, hidden_CD, rows_C, begun=not sinks.fresh or chunk.start > 0)
-        return made
+        bound_C = self.upstream.skipped(values_C3[:, 0], self.head.temperature, chunk)
+        if bound_C is not None:
+            self.skipped.append(bound_C)
+            exp_CV, hidden_CD, rows_C = without_skipped_(
+                bound_C, exp_CV, hidden_CD, self.rows_K[chunk]
+            )
+        add_gradients_(
+            exp_CV,
+            hidden_CD,
+            rows_C,
+            head=self.head,
+            sinks=self.sinks,
+            sink_VD=self.sink_VD,
+            unit=self.unit,
+            upcast_BD=self.upcast_BD,
+            begun=not self.sinks.fresh or chunk.start > 0,
+        )
 
-    with units.of(hidden_TD):
-        columns_K = torch.cat([run(slice(start, start + step)) for start in range(0, n_rows, step)])
-        if late is not None and upstream_K3 is not None:
-            late.put_gradients_(columns_K, upstream_K3, read)
-    settle_weight(sinks.weight, sink_VD, unit)
-    values = _values(columns_K, entropy)
-    return values._replace(skipped=torch.cat(skipped)) if skipped else values
+    def settled(self, values: Values) -> Values:
+        """The values of all rows, with the bounds of those left out; dW is whole after it."""
+        settle_weight(self.sinks.weight, self.sink_VD, self.unit)
+        return values._replace(skipped=torch.cat(self.skipped)) if self.skipped else values
 
 
 def _may_wait(head: Head, upstream: Upstream | None) -> bool:
@@ -196,10 +247,18 @@ def _may_wait(head: Head, upstream: Upstream | None) -> bool:
 
 
 def _buffers(
-    rows_of: Callable[[int], int], rows: int, *, head: Head, sinks: Sinks, entropy: bool
+    rows_of: Callable[[int], int],
+    rows: int,
+    late: LateClasses | None,
+    *,
+    head: Head,
+    sinks: Sinks,
+    entropy: bool,
 ) -> Tensor:
     """(1 to 3, C, V), which every chunk rewrites: the logits, tanh's slope, -e log e. The logits of
-    all rows lie in a fresh dW where they fit. rows_of: C for so many buffers."""
+    all rows, or of a chunk's, lie in a fresh dW where they fit. rows_of: C for so many buffers."""
+    if late is not None:
+        return late.room(late.rows, late.first).unsqueeze(0)
     many, dtype = 1 + head.capped + entropy, torch.promote_types(head.weight.dtype, torch.float32)
     # A head that is cut has sums over processes under way beside dW's product.
     if many == 1 and head.shards is None:

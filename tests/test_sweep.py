@@ -303,7 +303,7 @@ def test_a_key_of_a_key_of_the_objective_is_given_with_a_dot():
         (["--select", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--eval.data", "[]"], "eval.data is empty; a sweep compares evaluations"),
         (["--eval.data", "held.csv"], "is no JSONL file that a sweep can split"),
-        (["--eval.data", "held.jsonl"], "eval.data: there is no file held.jsonl; expected a JSONL"),
+        (["--eval.data", "held.jsonl"], "there is no file held.jsonl"),
         (["--optim.lr", "1e-3"], "got --optim.lr; a sweep sets it: give --rates"),
         (["--objective.beta", "1"], "write it with its method, e.g. vpgea:beta=0"),
         (

@@ -371,14 +371,12 @@ def _flow(entries: Sequence[dict[str, Any]]) -> str:
 def _halves(file: DataFile, cfg: Config) -> tuple[str, str]:
     """Cut a JSONL file in two: its questions by turns, equal ones into one half."""
     path = Path(file.path)
-    if path.suffix == ".jsonl" and not path.exists():
-        raise SweepError(f"eval.data: there is no file {path}; expected a JSONL file of questions")
-    if path.suffix != ".jsonl" or not path.is_file():
+    if path.suffix != ".jsonl" or path.is_dir():
         raise SweepError(
             f"eval.data: {file.path} is no JSONL file that a sweep can split; give a file of other "
             "questions that pick the rates: --select FILE"
         )
-    # Refuses what is no question, with its place, before any half is written.
+    # Refuses what is not there or no question, with its place, before any half is written.
     loaded = load_questions(replace(file, limit=file.limit or cfg.eval.limit), cfg.data)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A place ends in its line number; a row that was dropped has none here.
