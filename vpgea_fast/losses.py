@@ -76,10 +76,11 @@ class HeadOptions(TypedDict, total=False):
         coefficient 0. Spares CUDA the host synchronisation that finds them. Two streams: indices
         into [posterior; prior], prior ones + T.
     chunk_bytes (None): memory for the logits of one chunk (all backends but "reference"). On a CPU
-        those of few rows lie in a new dW, whatever it says, and with None those of most rows. Else
-        48 MiB or 256 rows, whichever is more (a dW of at most 16 MiB: 3 MiB or 96 rows); on CUDA
-        up to 4 GiB and at most 1/8 of what is free at the first call of this head on this device,
-        the only time the driver is asked. On CUDA 512 MiB for a head that is cut over processes.
+        those of few rows lie in a new dW, whatever it says, and with None float32 ones of many
+        rows. Else 48 MiB or 256 rows, whichever is more (a dW of at most 16 MiB: 3 MiB or 96 rows);
+        on CUDA up to 4 GiB and at most 1/8 of what is free at the first call of this head on this
+        device, the only time the driver is asked. On CUDA 512 MiB for a head that is cut over
+        processes.
     batch_invariant (False): a row's logp, lse and entropy depend, bit for bit, neither on its
         neighbours nor on its place in a chunk. Always so in "triton", which needs CUDA; a
         ValueError in the others.
