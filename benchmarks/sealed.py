@@ -38,7 +38,10 @@ def opened(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SealError(f"{path} cannot be read ({error}); bring it back, or remove it") from error
     if not isinstance(found, dict) or KEY not in found:
-        raise SealError(f"{path} is no record of this bench: it has no {KEY}; give another --out")
+        raise SealError(
+            f"{path} has no {KEY}: another bench or an earlier version wrote it; go on with that "
+            "version, or give another --out"
+        )
     if found.pop(KEY) != digest(found):
         raise SealError(
             f"{path} is not as it was written: its {KEY} is of other numbers; bring it back, or "

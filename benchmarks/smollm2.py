@@ -340,7 +340,10 @@ def make(bench: Bench, name: str) -> None:
                 f"{aside(folder_of(bench, name))} now. Machine or packages are others than the "
                 "record's: go on there, or give a new --out and --runs"
             )
-        made_by = {"starts": starts, "commit": environment()["commit"]}
+        facts = environment()
+        made_by = {"starts": starts, "commit": facts["commit"]}
+        if facts != record["environment"]:
+            made_by["environment"] = facts
         record["stages"][name] = clock.took() | made_by | found
     record["verdict"] = verdicts(record["stages"], evaluated(record["stages"]))
     bench.save()

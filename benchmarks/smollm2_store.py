@@ -101,7 +101,7 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
     if settings == known:
         return added
     go_on = "go on with commit {} and its options, or give a new --out and --runs"
-    begun = bench.record.get("environment", {}).get("commit")
+    begun = str(bench.record.get("environment", {}).get("commit"))
     try:
         old, new = (
             dotted({**each, "config": meaning(each.get("config", {}), str(bench.out))})
@@ -119,12 +119,14 @@ def _check_settings(bench: Bench, settings: Mapping[str, Any]) -> dict[str, Any]
             f"{bench.out} was begun {'with' if known['gsm8k'] else 'without'} --gsm8k, or with "
             "other files of it; give it as then, or a new --out and --runs"
         )
-    # An added method is of the version that made its stage.
-    stage = bench.record["stages"].get(key.removeprefix("methods."), {})
+    # An added method is of the version that made its stage, if one has.
+    name = key.removeprefix("methods.")
+    if name in kept:
+        begun = bench.record["stages"].get(name, {}).get("commit", "that added it")
     raise SystemExit(
         f"{bench.out} was begun with {key} {old.get(key)!r}, and this start has {new.get(key)!r}"
         f"{f' ({len(more)} more differ)' if more else ''}; "
-        f"{go_on.format(stage.get('commit', begun))}"
+        f"{go_on.format(begun.removesuffix('+changes'))}"
     )
 
 

@@ -6,9 +6,9 @@ memory without numbers (products.py). Of V classes the last L are late:
     | dW of the early classes, (V - L, D)           | dW of the late ones, (L, D): no numbers yet |
     | each chunk of rows adds its part              | the chunk's early logits, then dz (C, V - L) |
 
-1. A chunk: late logits in a small tile, for the sums of its rows alone; early logits, whole sums,
-   and the early gradients.
-2. After the last chunk: late logits once more, and their gradients.
+1. A chunk: late logits in the lent memory, for the sums of its rows alone; then early logits
+   there, whole sums, and the early gradients.
+2. After the last chunk: late logits once more, in what is left of that memory, and their gradients.
 
 C (V - L) = L D, so the late logits, made twice, cost C / (C + D) of one GEMM in three: 0.25 at
 C = 171, D = 512. The pass holds its gradients, the tile, and a few numbers per row.

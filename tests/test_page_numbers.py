@@ -81,6 +81,16 @@ def test_the_commits_of_the_results_are_looked_up(bench):
     assert said == f"r.json is of commit {'0' * 40}, which does not lead to this tree"
 
 
+def test_a_stage_of_another_commit_says_its_versions(bench):
+    result = json.loads((ROOT / RESULT).read_text(encoding="utf-8"))
+    facts = result["environment"]
+    result["stages"] = {"a": {"commit": facts["commit"]}, "b": {"commit": "1" * 40}}
+    (said,) = bench.origin_problems("r", result, False, set())
+    assert said == "r.json: stage b is of another commit, and has no versions"
+    result["stages"]["b"]["environment"] = facts
+    assert list(bench.origin_problems("r", result, False, set())) == []
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "said"),
     [

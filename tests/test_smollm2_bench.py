@@ -166,10 +166,11 @@ def test_methods_come_and_go_between_versions_and_none_changes(tmp_path):
     store.begin(small_bench(tmp_path), with_eta)
     other = {"methods": first | {"grpo_eta": ["--objective.eps", "1e-6"]}}
     made = small_bench(tmp_path)
-    made.record["stages"] = {"grpo_eta": {"commit": "5eed"}}
     said = refusal(store.begin, made, other)
     assert "was begun with methods.grpo_eta" in said
-    assert "go on with commit 5eed" in said
+    assert "go on with commit that added it and its options" in said
+    made.record["stages"] = {"grpo_eta": {"commit": "5eed+changes"}}
+    assert "go on with commit 5eed and its options" in refusal(store.begin, made, other)
     # One that the first start had may not change by the way.
     other = {"methods": with_eta["methods"] | {"grpo": []}}
     assert "was begun with methods.grpo " in refusal(store.begin, small_bench(tmp_path), other)
